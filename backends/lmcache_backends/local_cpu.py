@@ -1,0 +1,116 @@
+"""local_cpu: frames in this process's memory. Keeps the buffers it is given; nothing is copied."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from lmcache_core import (
+    Allocate,
+    ChunkKey,
+    EvictionPolicy,
+    Options,
+    Parts,
+    Size,
+    StorageBackend,
+    Stored,
+    component,
+)
+
+
+class LocalCpuOptions(Options):
+    """`capacity`: bytes of frames to keep. `eviction`: the policy's name."""
+
+    capacity: Size
+    eviction: str = "lru"
+
+
+class LocalCpuBackend(StorageBackend):
+    """A dictionary with a byte budget."""
+
+    Options = LocalCpuOptions
+    in_memory = True
+
+    def __init__(self, options: LocalCpuOptions) -> None:
+        self._capacity = options.capacity
+        self._frames: EvictionPolicy[Parts] = component("eviction", options.eviction)()
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+        with self._lock:
+            return [self._frames.get(key) is not None for key in keys]
+
+    def get(
+        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
+    ) -> Iterator[tuple[int, Parts]]:
+        for i, key in enumerate(keys):
+            with self._lock:
+                parts = self._frames.get(key)
+            if parts is not None:
+                yield i, parts
+
+    def put(
+        self,
+        frames: Sequence[tuple[ChunkKey, Parts]],
+        chain: Sequence[ChunkKey],
+        timeout: float,
+    ) -> int:
+        evicted: list[ChunkKey] = []
+        keep = frozenset(chain)
+        stored = 0
+        with self._lock:
+            for key, parts in frames:
+                if self._frames.get(key) is None:
+                    nbytes = _size(parts)
+                    if not self._make_room(nbytes, keep, evicted):
+                        break
+                    self._frames.add(key, tuple(parts))
+                    self._used += nbytes
+                stored += 1
+            self._frames.touch(chain)
+        if evicted:
+            self.on_evict(evicted)
+        return stored
+
+    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+        with self._lock:
+            for key in keys:
+                self._remove(key)
+
+    def scan(self) -> Iterator[Stored]:
+        with self._lock:
+            found = [(key, self._frames.get(key)) for key in self._frames.keys()]
+        yield from (Stored(key, _size(parts)) for key, parts in found if parts is not None)
+
+    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+        with self._lock:
+            self._frames.touch(keys)
+
+    def close(self) -> None:
+        with self._lock:
+            for key in self._frames.keys():
+                self._remove(key)
+
+    def _make_room(
+        self, nbytes: int, keep: frozenset[ChunkKey], evicted: list[ChunkKey]
+    ) -> bool:
+        """Evict until `nbytes` fit; False, with nothing more evicted than needed, if they can't."""
+        if nbytes > self._capacity:
+            return False
+        while self._used + nbytes > self._capacity:
+            victim = self._frames.victim(keep)
+            if victim is None:
+                return False
+            self._remove(victim)
+            evicted.append(victim)
+        return True
+
+    def _remove(self, key: ChunkKey) -> None:
+        parts = self._frames.remove(key)
+        if parts is not None:
+            self._used -= _size(parts)
+
+
+def _size(parts: Parts) -> int:
+    return sum(part.nbytes for part in parts)

@@ -1,0 +1,68 @@
+"""lmcache-core: stores the KV cache of LLM inference once and hands it back to every request."""
+
+from lmcache_core.backend import Allocate, Options, Parts, StorageBackend, Stored
+from lmcache_core.components import component, known
+from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig
+from lmcache_core.connector import Connector
+from lmcache_core.engine import CacheEngine, Hit, open
+from lmcache_core.errors import (
+    ConfigError,
+    DeadlineExceeded,
+    FrameError,
+    LayoutError,
+    LmcacheError,
+    StorageError,
+    UnknownComponent,
+)
+from lmcache_core.eviction import LRU, EvictionPolicy
+from lmcache_core.frame import Chunk
+from lmcache_core.hooks import hookimpl
+from lmcache_core.keys import ChunkKey, Namespace, TokenIds, tenant_digest
+from lmcache_core.layout import KVLayout, LayerGroup, Tensors, TensorSpec, byte_view, views
+from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
+
+__all__ = [
+    "LRU",
+    "Allocate",
+    "BytesToBytes",
+    "CacheEngine",
+    "Chunk",
+    "ChunkInfo",
+    "ChunkKey",
+    "Config",
+    "ConfigError",
+    "Connector",
+    "DeadlineExceeded",
+    "Duration",
+    "EvictionPolicy",
+    "FrameError",
+    "Hit",
+    "KVLayout",
+    "LayerGroup",
+    "LayoutError",
+    "LmcacheError",
+    "Namespace",
+    "Options",
+    "Parts",
+    "Serde",
+    "SerdeConfig",
+    "Size",
+    "StorageBackend",
+    "StorageError",
+    "Stored",
+    "TensorSpec",
+    "Tensors",
+    "TensorsToBytes",
+    "TensorsToTensors",
+    "TierConfig",
+    "TokenIds",
+    "UnknownComponent",
+    "byte_view",
+    "component",
+    "hookimpl",
+    "known",
+    "open",
+    "tenant_digest",
+    "views",
+]
+__version__ = "0.1.0"

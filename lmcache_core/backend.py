@@ -1,0 +1,103 @@
+"""StorageBackend: frames by key. What a third party implements to add a store."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from lmcache_core.keys import ChunkKey
+
+Parts = Sequence[memoryview]
+"""One frame as buffers that follow each other; writers send them without joining them."""
+
+Allocate = Callable[[int], memoryview]
+"""nbytes -> a writable buffer of exactly that size to read a frame into."""
+
+
+class Options(BaseModel):
+    """Base of every component's options: unknown keys and wrong types are config errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stored(NamedTuple):
+    """What `scan` tells of one frame."""
+
+    key: ChunkKey
+    nbytes: int
+
+
+class StorageBackend(ABC):
+    """Frames by key. Knows nothing of tokens, tensors or serdes.
+
+    Plain blocking code, called from several threads at once. Every method takes many keys, in
+    the order of their sequence (root first) where they belong to one. `timeout` is in seconds:
+    how long a call may go without progress before it must raise.
+
+    Any exception means "the store failed": the tier counts it, logs it once in a while and
+    bypasses the store when it repeats. An absent key is not a failure.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+    """Pydantic model of the YAML keys that this backend takes."""
+
+    in_memory: ClassVar[bool] = False
+    """True where a call never waits and nobody else can change the bytes (this host's memory):
+    it is then called on the engine's own thread, and frames are not checksummed again."""
+
+    on_evict: Callable[[Sequence[ChunkKey]], None] = staticmethod(lambda keys: None)
+    """Set by the tier; call it with the keys that were evicted to make room."""
+
+    def __init__(self, options: Any) -> None:
+        """Open the store. Raises ConfigError, with the reason, when it cannot be used at all."""
+
+    @abstractmethod
+    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+        """For each key, whether a whole frame is there. One round trip."""
+
+    @abstractmethod
+    def get(
+        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
+    ) -> Iterator[tuple[int, Parts]]:
+        """Yield (index into keys, frame) as frames arrive, in any order; absent ones are left out.
+
+        Read into a buffer from `allocate`, or yield memory of your own that stays valid and
+        unchanged for as long as somebody refers to it.
+        """
+
+    @abstractmethod
+    def put(
+        self,
+        frames: Sequence[tuple[ChunkKey, Parts]],
+        chain: Sequence[ChunkKey],
+        timeout: float,
+    ) -> int:
+        """Store frames in order; return how many of them, from the first, are now there.
+
+        Fewer than all means full: the rest is dropped, so that no hole appears. A frame that is
+        there already counts as stored and is not written again. `chain` is the whole sequence up
+        to the last frame, root first: it counts as used now, and making room must not evict it.
+        A frame becomes visible whole or not at all, whatever dies when. The buffers never change
+        afterwards, so memory may keep them instead of copying.
+        """
+
+    @abstractmethod
+    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+        """Remove frames; absent keys are fine."""
+
+    @abstractmethod
+    def scan(self) -> Iterator[Stored]:
+        """Every whole frame that is there, in any order."""
+
+    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:  # noqa: B027
+        """The sequence `keys` (root first) was used: evict it late, its leaves before its root."""
+
+    def ping(self, timeout: float) -> None:
+        """Raise unless the store works. Called while the tier is bypassed."""
+        self.contains([ChunkKey(bytes(32))], timeout)
+
+    def close(self) -> None:  # noqa: B027
+        """Release connections, files and threads. The stored frames stay."""

@@ -1,0 +1,59 @@
+"""Breaker: bypasses a failing store and finds out by itself when it works again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+FAILURES = 3
+"""Errors in a row that open the breaker; one missed deadline is enough."""
+PROBE_SECONDS = (0.1, 5.0)
+"""Wait between probes: from the first, doubled up to the second."""
+
+
+class Breaker:
+    """Closed: the store is used. Open: it is bypassed and a thread probes it until it answers."""
+
+    def __init__(
+        self, name: str, probe: Callable[[], None], changed: Callable[[str, str], None]
+    ) -> None:
+        """`probe` raises while the store fails; `changed` hears (state, cause)."""
+        self._name, self._probe, self._changed = name, probe, changed
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._stop = threading.Event()
+        self.is_open = False
+
+    def succeeded(self) -> None:
+        """A call worked."""
+        if self._failures:
+            self._failures = 0
+
+    def failed(self, cause: str, *, at_once: bool) -> None:
+        """A call failed; `at_once` where waiting for it cost a deadline."""
+        with self._lock:
+            self._failures += 1
+            if self.is_open or self._stop.is_set():
+                return
+            if not at_once and self._failures < FAILURES:
+                return
+            self.is_open = True
+        self._changed("open", cause)
+        threading.Thread(target=self._heal, name=f"{self._name}-probe", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop probing."""
+        self._stop.set()
+
+    def _heal(self) -> None:
+        wait, longest = PROBE_SECONDS
+        while not self._stop.wait(wait):
+            wait = min(2 * wait, longest)
+            try:
+                self._probe()
+            except Exception:  # any failure means: not yet
+                continue
+            self._failures = 0
+            self.is_open = False
+            self._changed("closed", "answers again")
+            return

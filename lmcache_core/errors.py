@@ -1,0 +1,48 @@
+"""The exception tree.
+
+LmcacheError
+├── ConfigError          the configuration cannot be used; names file, line, key, what was expected
+│   └── UnknownComponent   no backend, serde, ... of that name; lists the known ones
+├── LayoutError          tensors handed in do not fit the KVLayout (a programming error, raised at once)
+├── FrameError           bytes that are not the frame asked for; `.reason` is the counted miss reason
+└── StorageError         a backend could not do what it was asked; never reaches an inference engine
+    └── DeadlineExceeded   ... in time
+"""
+
+from __future__ import annotations
+
+
+class LmcacheError(Exception):
+    """Base of every exception that this project raises."""
+
+
+class ConfigError(LmcacheError):
+    """The configuration cannot be used."""
+
+
+class UnknownComponent(ConfigError):
+    """No component of that name is installed."""
+
+
+class LayoutError(LmcacheError, ValueError):
+    """A tensor's shape, dtype or device does not fit what the KVLayout says."""
+
+
+class FrameError(LmcacheError):
+    """Bytes that are not the frame that was asked for: a miss, never data.
+
+    `reason` is "damaged" (cannot be read) or "foreign" (whole, but another key's or another
+    version's frame).
+    """
+
+    def __init__(self, message: str, reason: str = "damaged") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StorageError(LmcacheError):
+    """A backend failed. The tier turns it into a miss or a counted drop."""
+
+
+class DeadlineExceeded(StorageError):
+    """A backend did not answer within its deadline."""

@@ -1,0 +1,85 @@
+"""Host buffers: where chunks lie between an engine's memory and a tier.
+
+First touch of fresh memory costs many times a copy (page faults), so buffers are reused: a buffer
+goes back to the pool when the last view on it is gone. Pinned memory and everything else that
+depends on the accelerator stays in this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import defaultdict
+
+import torch
+
+POOL_BYTES = 1 << 30
+"""Free memory that the pool keeps for reuse."""
+
+
+class HostBuffers:
+    """Writable host memory by size; thread-safe. Pinned where an accelerator is present."""
+
+    def __init__(self, keep: int = POOL_BYTES) -> None:
+        self._keep = keep
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._free_bytes = 0
+        self._lock = threading.RLock()  # a finalizer may run inside any allocation
+
+    def allocate(self, nbytes: int) -> memoryview:
+        """A buffer of `nbytes` bytes, contents undefined, owned by its views.
+
+        It is reused once every memoryview, array and tensor on it is gone.
+        """
+        if nbytes == 0:
+            return memoryview(bytearray())
+        if torch.cuda.is_available():  # torch pools pinned memory itself
+            return memoryview(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
+        size = _round_up(nbytes)
+        pages = self._take(size) or _map(size)
+        # A ctypes array is an exporter that can be watched: views hold it, and only it.
+        owner = (ctypes.c_ubyte * nbytes).from_buffer(pages)
+        weakref.finalize(owner, self._give, size, pages).atexit = False
+        return memoryview(owner).cast("B")
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that wait for reuse."""
+        return self._free_bytes
+
+    def _take(self, size: int) -> mmap.mmap | None:
+        with self._lock:
+            if not self._free[size]:
+                return None
+            self._free_bytes -= size
+            return self._free[size].pop()
+
+    def _give(self, size: int, pages: mmap.mmap) -> None:
+        with self._lock:
+            if self._free_bytes + size <= self._keep:
+                self._free[size].append(pages)
+                self._free_bytes += size
+
+
+def _round_up(nbytes: int) -> int:
+    """Whole pages, and at most 1/8 more than asked, so that near sizes share buffers."""
+    step = max(mmap.PAGESIZE, 1 << max(nbytes.bit_length() - 4, 0))
+    return -(-nbytes // step) * step
+
+
+def _map(size: int) -> mmap.mmap:
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
+
+
+HOST = HostBuffers()
+"""The process's pool."""
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in host memory, contiguous; the tensor itself where it already is."""
+    return tensor.detach().to("cpu").contiguous()

@@ -1,0 +1,81 @@
+"""Daemon threads for calls that may hang: the caller waits one deadline, the thread may wait on.
+
+concurrent.futures' own pool joins its threads when the interpreter exits, so one hung store would
+hang the whole process; these do not.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any, TypeVar
+
+from lmcache_core.errors import DeadlineExceeded
+
+T = TypeVar("T")
+_Job = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Workers:
+    """At most `limit` threads, started when all others are busy."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name, self._limit = name, limit
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._idle = 0
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` on a thread; cancelling the future before it starts prevents it."""
+        future: Future[T] = Future()
+        self._jobs.put((future, work))
+        with self._lock:
+            if self._idle == 0 and self._threads < self._limit:
+                self._threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        return future
+
+    def call(self, work: Callable[[], T], timeout: float) -> T:
+        """What `work` returns or raises; DeadlineExceeded where it takes longer than `timeout`."""
+        future = self.submit(work)
+        try:
+            return future.result(timeout)
+        except FutureTimeout:
+            if future.done():  # the work itself raised a TimeoutError
+                raise
+            future.cancel()
+            raise DeadlineExceeded(f"no answer within {timeout:.3g} s") from None
+
+    def close(self) -> None:
+        """Idle threads end; one that hangs ends when its call does."""
+        with self._lock:
+            threads = self._threads
+        for _ in range(threads):
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            job = self._jobs.get()
+            with self._lock:
+                self._idle -= 1
+            if job is None:
+                break
+            _do(*job)
+            del job  # hold no buffer while idle
+        with self._lock:
+            self._threads -= 1
+
+
+def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(work())
+    except BaseException as error:  # handed to whoever waits
+        future.set_exception(error)

@@ -1,0 +1,1 @@
+"""Serdes, one file each, found by entry point."""

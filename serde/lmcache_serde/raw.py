@@ -1,0 +1,19 @@
+"""raw: tensors one behind the other, with no copy in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmcache_core import Tensors, TensorsToBytes, TensorSpec, byte_view, views
+
+
+class Raw(TensorsToBytes):
+    """The tensors' own memory. Tensors that already lie behind each other become one buffer."""
+
+    name = "raw"
+
+    def encode(self, tensors: Tensors) -> list[memoryview]:
+        return byte_view(tensors.values())
+
+    def decode(self, payload: memoryview, specs: Sequence[TensorSpec]) -> Tensors:
+        return views(payload, specs)
