@@ -1,0 +1,1 @@
+"""Connectors: the inference engines' side. One file an engine."""
