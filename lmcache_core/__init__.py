@@ -18,8 +18,17 @@ from lmcache_core.eviction import LRU, EvictionPolicy
 from lmcache_core.frame import Chunk
 from lmcache_core.hooks import hookimpl
 from lmcache_core.keys import ChunkKey, Namespace, TokenIds, tenant_digest
-from lmcache_core.layout import KVLayout, LayerGroup, Tensors, TensorSpec, byte_view, views
+from lmcache_core.layout import (
+    KVLayout,
+    LayerGroup,
+    Tensors,
+    TensorSpec,
+    byte_view,
+    copy_exact,
+    views,
+)
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
+from lmcache_core.workers import Workers
 
 __all__ = [
     "LRU",
@@ -57,8 +66,10 @@ __all__ = [
     "TierConfig",
     "TokenIds",
     "UnknownComponent",
+    "Workers",
     "byte_view",
     "component",
+    "copy_exact",
     "hookimpl",
     "known",
     "open",

@@ -64,7 +64,7 @@ class StorageBackend(ABC):
     ) -> Iterator[tuple[int, Parts]]:
         """Yield (index into keys, frame) as frames arrive, in any order; absent ones are left out.
 
-        Read into a buffer from `allocate`, or yield memory of your own that stays valid and
+        Read into a buffer from `allocate` (which any thread may call), or yield memory of your own that stays valid and
         unchanged for as long as somebody refers to it.
         """
 

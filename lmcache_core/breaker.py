@@ -42,8 +42,10 @@ class Breaker:
         threading.Thread(target=self._heal, name=f"{self._name}-probe", daemon=True).start()
 
     def close(self) -> None:
-        """Stop probing."""
-        self._stop.set()
+        """Open for good: no probes, no news."""
+        with self._lock:
+            self._stop.set()
+            self.is_open = True
 
     def _heal(self) -> None:
         wait, longest = PROBE_SECONDS
@@ -53,7 +55,14 @@ class Breaker:
                 self._probe()
             except Exception:  # any failure means: not yet
                 continue
+            if self._shut():
+                self._changed("closed", "answers again")
+            return
+
+    def _shut(self) -> bool:
+        with self._lock:
+            if self._stop.is_set():
+                return False
             self._failures = 0
             self.is_open = False
-            self._changed("closed", "answers again")
-            return
+            return True

@@ -11,10 +11,10 @@ from lmcache_core.layout import Tensors
 class Connector(ABC):
     """Moves chunks of one sequence between an engine's KV memory and the CacheEngine.
 
-        for chunk in cache.load(keys):
-            connector.scatter(chunk.index, chunk.tensors)
-        ... prefill the rest ...
-        cache.store(connector.namespace, keys, connector.gather, start=loaded)
+    for chunk in cache.load(keys):
+        connector.scatter(chunk.index, chunk.tensors)
+    ... prefill the rest ...
+    cache.store(connector.namespace, keys, connector.gather, start=loaded)
     """
 
     @property

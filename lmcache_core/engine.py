@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from lmcache_core.components import component
-from lmcache_core.config import Config, load
+from lmcache_core.config import Config, TierConfig, load
 from lmcache_core.errors import ConfigError
 from lmcache_core.frame import Chunk
 from lmcache_core.keys import ChunkKey, Namespace, TokenIds
 from lmcache_core.layout import Tensors, views
 from lmcache_core.memory import HOST
-from lmcache_core.observers import LOG, Observers
+from lmcache_core.observers import Observers
 from lmcache_core.tier import Miss, Tier
 
 DRAIN_SECONDS = 30.0
@@ -50,23 +50,39 @@ class CacheEngine:
     def __init__(self, config: Config, plugins: Sequence[object] = ()) -> None:
         """Open all tiers. Raises ConfigError where one cannot be used at all."""
         self.chunk_size = config.chunk_size
+        self._config = config
         self._observers = Observers(plugins)
         self._tiers: list[Tier] = []
-        self._closed = False
+        self._close = weakref.finalize(self, _close, self._tiers)
         try:
-            for number, tier in enumerate(config.tiers):
-                self._tiers.append(_open_tier(number, tier, self._observers))
+            for tier in config.tiers:
+                self._tiers.append(_open_tier(tier, self._observers))
         except BaseException:
             self.close()
             raise
-        self._exit = _close_at_exit(self)
+        _ENGINES.add(self)
 
     def namespace(self, **fields: Any) -> Namespace:
-        """A Namespace of these fields, with what plugins add to it."""
+        """A Namespace of these fields, with what plugins add to it.
+
+        Raises ConfigError where a tier is too small for one chunk of its layout.
+        """
         extra: dict[str, str] = dict(fields.pop("extra", {}))
         for more in self._observers.tell("namespace", fields=fields):
             extra.update(more)
-        return Namespace(**fields, extra=extra)
+        namespace = Namespace(**fields, extra=extra)
+        self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
+        return namespace
+
+    def _check_capacities(self, nbytes: int) -> None:
+        for tier in self._config.tiers:
+            capacity = getattr(tier.options, "capacity", None)
+            compressed = any(serde.name != "raw" for serde in tier.serde)
+            if capacity is not None and capacity < nbytes and not compressed:
+                raise ConfigError(
+                    f"{tier.where}.capacity: {capacity} bytes are less than one chunk; for this "
+                    f"model {self.chunk_size} tokens take {nbytes} bytes"
+                )
 
     def keys(self, namespace: Namespace, token_ids: TokenIds) -> list[ChunkKey]:
         """One key for each full chunk of `token_ids`, root first."""
@@ -77,20 +93,44 @@ class CacheEngine:
 
         Takes at most one deadline for each tier that does not answer.
         """
+        where, failed = self._find(keys)
+        end = where.index(None) if None in where else len(keys)
+        self._count_misses(keys[end:], where[end:], failed)
+        return Hit(tuple(keys), tuple(n for n in where[:end] if n is not None))
+
+    def _find(
+        self, keys: Sequence[ChunkKey], first: int = 0
+    ) -> tuple[list[int | None], tuple[str, str]]:
+        """For each key the fastest tier, from `first` on, that has it; and the (name, reason) of
+        a tier that could not tell, if any."""
         where: list[int | None] = [None] * len(keys)
+        failed = ("", "")
         unknown = list(range(len(keys)))
-        for number, tier in enumerate(self._tiers):
+        for number, tier in enumerate(self._tiers[first:], first):
             if not unknown:
                 break
-            present = tier.contains([keys[i] for i in unknown])
+            present, reason = tier.contains([keys[i] for i in unknown])
             for i, there in zip(unknown, present, strict=True):
                 if there:
                     where[i] = number
             unknown = [i for i in unknown if where[i] is None]
-        end = unknown[0] if unknown else len(keys)
-        if end < len(keys):
-            self._observers.tell("missed", tier="", reason="absent", keys=keys[end:])
-        return Hit(tuple(keys), tuple(n for n in where[:end] if n is not None))
+            failed = (tier.name, reason) if reason else failed
+        return where, failed
+
+    def _count_misses(
+        self,
+        keys: Sequence[ChunkKey],
+        where: Sequence[int | None],
+        failed: tuple[str, str],
+    ) -> None:
+        """Count what lies behind the end of a prefix: not there, or there behind a hole."""
+        nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
+        behind = [key for key, number in zip(keys, where, strict=True) if number is not None]
+        name, reason = failed if failed[1] else ("", "absent")
+        if nowhere:
+            self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
+        if behind:
+            self._observers.tell("missed", tier="", reason="hole", keys=behind)
 
     def load(self, what: Hit | Sequence[ChunkKey]) -> Iterator[Chunk]:
         """Yield the stored prefix, chunk by chunk from the root, each as soon as it is there.
@@ -100,55 +140,64 @@ class CacheEngine:
         are promoted to the faster ones.
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
-        loaded = 0
-        arrivals = [_Arrivals(tier, number, hit) for number, tier in enumerate(self._tiers)]
+        keys, where = hit.keys[: hit.chunks], list(hit.tiers)
+        took = _Took(self._observers)
         full: set[int] = set()
         try:
-            for index, number in enumerate(hit.tiers):
-                got = self._take(arrivals, number, index, hit.keys[index])
-                if got is None:
-                    break
-                chunk, source = got
-                loaded += 1
-                self._promote(chunk, hit.keys[: index + 1], source, full)
-                yield chunk
-                del chunk, got
+            while took.chunks < len(where):
+                for chunk, number in self._stream(keys, where, took.chunks):
+                    took.add(chunk, self._tiers[number].name)
+                    self._spread(chunk, keys[: took.chunks], number, full)
+                    yield chunk
+                    del chunk
+                if took.chunks < len(where):
+                    where[took.chunks :] = self._find_again(keys, where, took.chunks)
         finally:
-            for arrival in arrivals:
-                arrival.close()
-            if loaded:
+            took.tell()
+            if took.chunks:
                 for tier in self._tiers:
-                    tier.touch(hit.keys[:loaded])
+                    tier.touch(keys[: took.chunks])
 
-    def _take(
-        self, arrivals: list[_Arrivals], number: int, index: int, key: ChunkKey
-    ) -> tuple[Chunk, int] | None:
-        """A chunk from the tier that should have it, else from a slower one that does."""
-        got = arrivals[number].take(index)
-        source = number
-        while isinstance(got, Miss):
-            self._observers.tell(
-                "missed", tier=self._tiers[source].name, reason=got.reason, keys=[key]
-            )
-            source += 1
-            if source == len(self._tiers):
-                return None
-            if self._tiers[source].contains([key])[0]:
-                got = next(iter(self._tiers[source].fetch([key])))[1]
-            else:
-                got = Miss("absent")
-        self._observers.tell(
-            "loaded", tier=self._tiers[source].name, keys=[key], nbytes=got.nbytes
-        )
-        return got, source
+    def _stream(
+        self, keys: Sequence[ChunkKey], where: Sequence[int], start: int
+    ) -> Iterator[tuple[Chunk, int]]:
+        """Chunks from `start` on and their tiers, as far as each tier has what it should have."""
+        arrivals: dict[int, _Arrivals] = {}
+        try:
+            for index in range(start, len(where)):
+                number = where[index]
+                if number not in arrivals:
+                    mine = [i for i in range(index, len(where)) if where[i] == number]
+                    arrivals[number] = _Arrivals(self._tiers[number], keys, mine)
+                got = arrivals[number].take(index)
+                if isinstance(got, Miss):
+                    name = self._tiers[number].name
+                    self._observers.tell("missed", tier=name, reason=got.reason, keys=[keys[index]])
+                    return
+                yield got, number
+                del got
+        finally:
+            for arrival in arrivals.values():
+                arrival.close()
 
-    def _promote(
-        self, chunk: Chunk, chain: Sequence[ChunkKey], source: int, full: set[int]
-    ) -> None:
-        """Store a chunk in the tiers above its source, as far as a tier takes the sequence."""
-        for number in range(source):
-            if number not in full and self._tiers[number].store([chunk], chain) == 0:
+    def _find_again(self, keys: Sequence[ChunkKey], where: Sequence[int], start: int) -> list[int]:
+        """Where the rest is, after chunk `start` did not come from its tier: nowhere faster."""
+        found, _ = self._find([keys[start]], where[start] + 1)
+        if found[0] is None:
+            return []
+        rest, _ = self._find(keys[start + 1 :])
+        end = rest.index(None) if None in rest else len(rest)
+        return [found[0], *(n for n in rest[:end] if n is not None)]
+
+    def _spread(self, chunk: Chunk, chain: Sequence[ChunkKey], source: int, full: set[int]) -> None:
+        """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
+        offer it again to one below that had to drop it."""
+        for number, tier in enumerate(self._tiers):
+            above = number < source and number not in full
+            if above and tier.store([chunk], chain) == 0:
                 full.add(number)
+            if number > source and tier.lacks(chunk.key):
+                tier.store([chunk], chain)
 
     def store(
         self,
@@ -170,10 +219,11 @@ class CacheEngine:
         if any(key.namespace != namespace.digest for key in keys):
             raise ValueError("keys of another namespace")
         tokens = self.chunk_size if tokens is None else tokens
-        new = self._new(keys, start)
+        if not self._tiers:
+            return 0
         chunks: list[Chunk] = []
         try:
-            for index in new:
+            for index in self._new(keys, start):
                 chunks.append(_gather(namespace, keys[index], index, tokens, gather))
         finally:
             taken = [self._offer(tier, chunks, keys) for tier in self._tiers]
@@ -184,7 +234,7 @@ class CacheEngine:
         indices = list(range(start, len(keys)))
         if not self._tiers[0].in_memory:
             return indices
-        present = self._tiers[0].contains(keys[start:])
+        present, _ = self._tiers[0].contains(keys[start:])
         return [i for i, there in zip(indices, present, strict=True) if not there]
 
     def _offer(self, tier: Tier, chunks: Sequence[Chunk], keys: Sequence[ChunkKey]) -> int:
@@ -204,14 +254,18 @@ class CacheEngine:
         )
 
     def close(self) -> None:
-        """Write what was promised (for up to DRAIN_SECONDS), then release everything."""
-        if self._closed:
-            return
-        self._closed = True
-        if hasattr(self, "_exit"):
-            atexit.unregister(self._exit)
-        for tier in self._tiers:
-            tier.close(DRAIN_SECONDS)
+        """Write what was promised (for up to DRAIN_SECONDS), then release everything.
+
+        A closed engine finds nothing and stores nothing. One that is dropped without it is closed
+        then, or when the interpreter exits.
+        """
+        self._close()
+
+    def _abandon(self) -> None:
+        """In a forked child: threads, locks and connections are the parent's, so touch none."""
+        self._close.detach()
+        self._tiers = []
+        self._observers = Observers.silent()
 
     def __enter__(self) -> CacheEngine:
         return self
@@ -226,55 +280,71 @@ class CacheEngine:
 
 
 class _Arrivals:
-    """One tier's part of a load: started when first needed, then kept in prefix order."""
+    """One tier's part of a load, put into the order of the sequence."""
 
-    def __init__(self, tier: Tier, number: int, hit: Hit) -> None:
-        self._tier, self._hit = tier, hit
-        self._indices = [i for i, n in enumerate(hit.tiers) if n == number]
+    def __init__(self, tier: Tier, keys: Sequence[ChunkKey], indices: Sequence[int]) -> None:
+        self._indices = indices
         self._waiting: dict[int, Chunk | Miss] = {}
-        self._stream: Iterator[tuple[int, Chunk | Miss]] | None = None
+        self._stream = tier.fetch([keys[i] for i in indices])
 
     def take(self, index: int) -> Chunk | Miss:
-        if self._stream is None:
-            self._stream = self._tier.fetch([self._hit.keys[i] for i in self._indices])
         while index not in self._waiting:
             place, got = next(self._stream)
             self._waiting[self._indices[place]] = got
         return self._waiting.pop(index)
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()  # type: ignore[attr-defined]
+        self._stream.close()
 
 
-def _gather(
-    namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather
-) -> Chunk:
+class _Took:
+    """What a load has delivered so far, told to the observers once for each tier."""
+
+    def __init__(self, observers: Observers) -> None:
+        self._observers = observers
+        self._by_tier: dict[str, tuple[list[ChunkKey], list[int]]] = {}
+        self.chunks = 0
+
+    def add(self, chunk: Chunk, tier: str) -> None:
+        keys, sizes = self._by_tier.setdefault(tier, ([], []))
+        keys.append(chunk.key)
+        sizes.append(chunk.nbytes)
+        self.chunks += 1
+
+    def tell(self) -> None:
+        for tier, (keys, sizes) in self._by_tier.items():
+            self._observers.tell("loaded", tier=tier, keys=keys, nbytes=sum(sizes))
+
+
+def _gather(namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather) -> Chunk:
     specs = namespace.layout.tensors(tokens)
     tensors = views(HOST.allocate(sum(spec.nbytes for spec in specs)), specs)
     gather(index, tensors)
     return Chunk(key, namespace, index, tokens, tensors)
 
 
-def _open_tier(number: int, config: Any, observers: Observers) -> Tier:
+def _open_tier(config: TierConfig, observers: Observers) -> Tier:
     try:
         backend = component("backends", config.backend)(config.options)
     except ConfigError as error:
-        raise ConfigError(f"{config.where or f'tiers[{number}]'}: {error}") from error
+        raise ConfigError(f"{config.where}: {error}") from error
     return Tier(config, backend, observers)
 
 
-def _close_at_exit(engine: CacheEngine) -> Callable[[], None]:
-    """An engine that nobody closes still keeps its promises when the interpreter exits."""
-    reference = weakref.ref(engine)
+def _close(tiers: list[Tier]) -> None:
+    for tier in tiers:
+        tier.close(DRAIN_SECONDS)
 
-    def close() -> None:
-        alive = reference()
-        if alive is not None:
-            alive.close()
 
-    atexit.register(close)
-    return close
+_ENGINES: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for engine in list(_ENGINES):
+        engine._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 def open(

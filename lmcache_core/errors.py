@@ -31,8 +31,8 @@ class LayoutError(LmcacheError, ValueError):
 class FrameError(LmcacheError):
     """Bytes that are not the frame that was asked for: a miss, never data.
 
-    `reason` is "damaged" (cannot be read) or "foreign" (whole, but another key's or another
-    version's frame).
+    `reason` is "damaged" (not a whole frame), "foreign" (whole, but another key's) or
+    "unreadable" (of another version, or of a serde that is not installed).
     """
 
     def __init__(self, message: str, reason: str = "damaged") -> None:

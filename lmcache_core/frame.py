@@ -111,7 +111,7 @@ def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
     if magic != MAGIC:
         raise FrameError("not a frame")
     if version != FRAME_VERSION:
-        raise FrameError(f"frame version {version}; this is {FRAME_VERSION}", "foreign")
+        raise FrameError(f"frame version {version}; this is {FRAME_VERSION}", "unreadable")
     start = _HEADER + length + (-(_HEADER + length) % _ALIGN)
     if length > _MAX_HEADER or head.nbytes < start or zero or flags > _SEALED:
         raise FrameError("impossible header")
@@ -169,7 +169,7 @@ def _parse(header: bytes) -> _Header:
         document = json.dumps(fields["namespace"], sort_keys=True, separators=(",", ":")).encode()
         return _Header(SerdeChain.from_spec(spec), specs, Namespace.from_document(document))
     except ConfigError as error:
-        raise FrameError(f"written by a serde that is not here: {error}", "foreign") from error
+        raise FrameError(f"written by a serde that is not here: {error}", "unreadable") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FrameError(f"impossible header: {error!r}") from error
 

@@ -26,9 +26,11 @@ class Hooks:
 
     @hookspec
     def lmcache_missed(self, tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
-        """`reason`: absent, evicted, damaged, foreign, deadline, error or open (bypassed).
+        """`reason`: absent, hole (there, but what comes before is not), evicted (gone since the
+        lookup), damaged, foreign (another key's frame), unreadable (another version, or a serde
+        that is not installed), deadline, error or open (bypassed).
 
-        `tier` is "" for absent: no tier had them."""
+        `tier` is "" for absent and hole: they are of no one tier."""
 
     @hookspec
     def lmcache_dropped(self, tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
@@ -39,8 +41,9 @@ class Hooks:
         """`tier` removed these to make room."""
 
     @hookspec
-    def lmcache_tier_state(self, tier: str, state: str, cause: str) -> None:
-        """`tier` is now "open" (bypassed, because of `cause`) or "closed" (in use)."""
+    def lmcache_tier_state(self, tier: str, path: str, state: str, cause: str) -> None:
+        """`tier`'s `path` ("reads" or "writes") is now "open" (bypassed, because of `cause`) or
+        "closed" (in use)."""
 
     @hookspec
     def lmcache_namespace(self, fields: dict[str, object]) -> dict[str, str]:  # type: ignore[empty-body]

@@ -138,7 +138,9 @@ class Namespace(BaseModel):
         """
         digest = self.digest
         return [
-            ChunkKey(digest + hashlib.blake2b(h, digest_size=16, person=b"lmcache-engine-1").digest())
+            ChunkKey(
+                digest + hashlib.blake2b(h, digest_size=16, person=b"lmcache-engine-1").digest()
+            )
             for h in hashes
         ]
 

@@ -149,6 +149,18 @@ def _tensors(groups: tuple[LayerGroup, ...], tokens: int) -> tuple[TensorSpec, .
     return tuple(sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize))
 
 
+def copy_exact(out: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy `source` (any device, any strides) into `out`; never convert or broadcast.
+
+    Raises LayoutError where shape or dtype differ, which `out.copy_` would pass over.
+    """
+    if source.shape != out.shape or source.dtype != out.dtype:
+        raise LayoutError(
+            f"expected {out.dtype} {list(out.shape)}; got {source.dtype} {list(source.shape)}"
+        )
+    out.copy_(source.detach())
+
+
 def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
     """Tensors that lie one behind the other in `buffer`, with no copy.
 
@@ -165,9 +177,7 @@ def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Te
         if spec.nbytes == 0:
             tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
             continue
-        flat = torch.frombuffer(
-            buffer, dtype=dtype, count=math.prod(spec.shape), offset=offset
-        )
+        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(spec.shape), offset=offset)
         tensors[spec.name] = flat.view(spec.shape)
         offset += spec.nbytes
     return tensors

@@ -15,7 +15,7 @@ from collections import defaultdict
 
 import torch
 
-POOL_BYTES = 1 << 30
+POOL_BYTES = 256 << 20
 """Free memory that the pool keeps for reuse."""
 
 
@@ -70,7 +70,8 @@ def _round_up(nbytes: int) -> int:
 
 
 def _map(size: int) -> mmap.mmap:
-    pages = mmap.mmap(-1, size)
+    # Private, so that a forked child that writes to a buffer does not write to its parent's.
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         pages.madvise(mmap.MADV_HUGEPAGE)
     return pages

@@ -11,6 +11,7 @@ from typing import Any
 
 import pluggy
 
+from lmcache_core.errors import ConfigError
 from lmcache_core.hooks import Hooks, hookimpl
 from lmcache_core.keys import ChunkKey
 
@@ -74,8 +75,8 @@ class Counters:
         self._add(("evicted", tier), len(keys))
 
     @hookimpl
-    def lmcache_tier_state(self, tier: str, state: str) -> None:
-        self._add((f"tier_{state}", tier), 1)
+    def lmcache_tier_state(self, tier: str, path: str, state: str) -> None:
+        self._add((f"tier_{state}", path, tier), 1)
 
     def snapshot(self) -> dict[tuple[str, ...], int]:
         """Counts by (event, labels ...), such as ("missed", "damaged", "disk")."""
@@ -90,9 +91,21 @@ class Observers:
         self.counters = Counters()
         self._manager = pluggy.PluginManager("lmcache_core")
         self._manager.add_hookspecs(Hooks)
-        self._manager.load_setuptools_entrypoints("lmcache_core.plugins")
-        for plugin in (self.counters, *plugins):
-            self._manager.register(plugin)
+        try:
+            self._manager.load_setuptools_entrypoints("lmcache_core.plugins")
+            for plugin in (self.counters, *plugins):
+                self._manager.register(plugin)
+        except Exception as error:  # a plugin's import may raise anything
+            raise ConfigError(f"a plugin cannot be loaded: {error}") from error
+
+    @classmethod
+    def silent(cls) -> Observers:
+        """Observers that hear nothing."""
+        observers = cls.__new__(cls)
+        observers.counters = Counters()
+        observers._manager = pluggy.PluginManager("lmcache_core")
+        observers._manager.add_hookspecs(Hooks)
+        return observers
 
     def tell(self, hook: str, **arguments: Any) -> list[Any]:
         """Call `hook`; what a plugin raises is logged once in a while."""

@@ -16,7 +16,7 @@ _LOADED_BYTES = Counter("lmcache_loaded_bytes", "Bytes of KV loaded", ["tier"])
 _MISSED = Counter("lmcache_missed_chunks", "Chunks looked for and not had", ["tier", "reason"])
 _DROPPED = Counter("lmcache_dropped_chunks", "Chunks not stored", ["tier", "reason"])
 _EVICTED = Counter("lmcache_evicted_chunks", "Chunks removed to make room", ["tier"])
-_OPEN = Gauge("lmcache_tier_bypassed", "1 while the tier is bypassed", ["tier"])
+_OPEN = Gauge("lmcache_tier_bypassed", "1 while the tier is bypassed", ["tier", "path"])
 
 
 @hookimpl
@@ -47,5 +47,5 @@ def lmcache_evicted(tier: str, keys: Sequence[ChunkKey]) -> None:
 
 
 @hookimpl
-def lmcache_tier_state(tier: str, state: str) -> None:
-    _OPEN.labels(tier).set(state == "open")
+def lmcache_tier_state(tier: str, path: str, state: str) -> None:
+    _OPEN.labels(tier, path).set(state == "open")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from lmcache_core.backend import Options
-from lmcache_core.errors import ConfigError
 from lmcache_core.layout import KVLayout, Tensors, TensorSpec
 
 

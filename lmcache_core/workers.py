@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -26,7 +27,7 @@ class Workers:
         self._name, self._limit = name, limit
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._threads = 0
+        self._threads: set[threading.Thread] = set()
         self._idle = 0
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
@@ -34,9 +35,10 @@ class Workers:
         future: Future[T] = Future()
         self._jobs.put((future, work))
         with self._lock:
-            if self._idle == 0 and self._threads < self._limit:
-                self._threads += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+            if self._idle < self._jobs.qsize() and len(self._threads) < self._limit:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._threads.add(thread)
+                thread.start()
         return future
 
     def call(self, work: Callable[[], T], timeout: float) -> T:
@@ -50,12 +52,16 @@ class Workers:
             future.cancel()
             raise DeadlineExceeded(f"no answer within {timeout:.3g} s") from None
 
-    def close(self) -> None:
-        """Idle threads end; one that hangs ends when its call does."""
+    def close(self, patience: float = 0.5) -> None:
+        """Idle threads end now; one that hangs is left behind and ends when its call does."""
         with self._lock:
-            threads = self._threads
-        for _ in range(threads):
+            threads = list(self._threads)
+        for _ in threads:
             self._jobs.put(None)
+        end = time.monotonic() + patience
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
         while True:
@@ -69,7 +75,7 @@ class Workers:
             _do(*job)
             del job  # hold no buffer while idle
         with self._lock:
-            self._threads -= 1
+            self._threads.discard(threading.current_thread())
 
 
 def _do(future: Future[Any], work: Callable[[], Any]) -> None:

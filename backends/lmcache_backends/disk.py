@@ -1,7 +1,7 @@
 """disk: one file a chunk. The directory is the index, so processes that share it need nothing else.
 
     <path>/chunks/<3 hex digits>/<64 hex digits>     a whole frame, always
-    <path>/tmp/<random>                              a frame being written
+    <path>/tmp/<random>-<bytes>                      a frame being written, its space reserved
     <path>/usage                                     bytes stored: one int64, changed under a lock
 
 A file is written under a private name and renamed, so it is visible whole or not at all. Its
@@ -14,14 +14,17 @@ used files until a twentieth of the capacity is free.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
+import stat
 import struct
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 from lmcache_core import (
@@ -34,6 +37,7 @@ from lmcache_core import (
     StorageBackend,
     StorageError,
     Stored,
+    Workers,
 )
 
 _READERS = 4
@@ -44,7 +48,7 @@ _SLACK = 20
 
 
 class DiskOptions(Options):
-    """`path`: a directory, created if its parent exists. `capacity`: bytes over all processes
+    """`path`: a directory, created when missing. `capacity`: bytes over all processes
     that share it. `fsync`: force each chunk to the medium before it becomes visible; without it a
     power cut may cost chunks, which their checksum turns into misses."""
 
@@ -71,15 +75,11 @@ class DiskBackend(StorageBackend):
         try:
             for directory in (self._root, self._chunks, self._tmp):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
-            self._remove_stale()
-            self._usage = os.open(
-                os.path.join(self._root, "usage"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-            )
+            with self._locked() as usage:
+                _write_usage(usage, self._reserved() + sum(size for _, size, _ in self._files()))
         except OSError as error:
             raise ConfigError(f"path: {self._root} cannot be used: {error.strerror}") from error
-        with self._locked():
-            self._write_usage(sum(nbytes for _, nbytes, _ in self._files()))
-        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="lmcache-disk")
+        self._readers = Workers("lmcache-disk", _READERS)
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         present = [os.access(self._path(key), os.F_OK) for key in keys]
@@ -93,7 +93,7 @@ class DiskBackend(StorageBackend):
         waiting: deque[tuple[int, Future[Parts | None]]] = deque()
         try:
             for i, key in enumerate(keys):
-                waiting.append((i, self._readers.submit(self._read, key, allocate)))
+                waiting.append((i, self._readers.submit(partial(self._read, key, allocate))))
                 if len(waiting) >= _READERS:
                     yield from _arrived(waiting, timeout)
             while waiting:
@@ -112,25 +112,14 @@ class DiskBackend(StorageBackend):
         keep = {str(key) for key in chain}
         stored = 0
         for key, parts in frames:
-            if not os.access(self._path(key), os.F_OK):
-                nbytes = sum(part.nbytes for part in parts)
-                if not self._reserve(nbytes, keep):
-                    break
-                try:
-                    written = self._write(key, parts)
-                except OSError:
-                    self._add_usage(-nbytes)
-                    raise
-                if not written:
-                    self._add_usage(-nbytes)
+            if not os.access(self._path(key), os.F_OK) and not self._store(key, parts, keep):
+                break
             stored += 1
         self.touch(chain, timeout)
         return stored
 
     def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        freed = sum(self._unlink(self._path(key)) for key in keys)
-        if freed:
-            self._add_usage(-freed)
+        self._release(sum(_unlink(self._path(key)) for key in keys))
 
     def scan(self) -> Iterator[Stored]:
         for path, nbytes, _ in self._files():
@@ -147,20 +136,22 @@ class DiskBackend(StorageBackend):
             raise StorageError(f"{self._chunks} is gone")
 
     def close(self) -> None:
-        self._readers.shutdown(wait=True, cancel_futures=True)
-        os.close(self._usage)
+        self._readers.close()
 
     def _path(self, key: ChunkKey) -> str:
         text = str(key)
         return f"{self._chunks}/{text[-3:]}/{text}"
 
     def _read(self, key: ChunkKey, allocate: Allocate) -> Parts | None:
-        try:
-            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        try:  # non-blocking, lest a FIFO that somebody put there holds the thread
+            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         try:
-            buffer = allocate(os.fstat(fd).st_size)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > self._capacity:
+                return [memoryview(b"")]  # not a frame, which the tier finds out and removes
+            buffer = allocate(status.st_size)
             filled = 0
             while filled < buffer.nbytes:
                 n = os.preadv(fd, [buffer[filled:]], filled)
@@ -171,50 +162,79 @@ class DiskBackend(StorageBackend):
         finally:
             os.close(fd)
 
-    def _write(self, key: ChunkKey, parts: Parts) -> bool:
-        """Write a frame and show it; False where another process showed it first."""
-        tmp = os.path.join(self._tmp, secrets.token_hex(16))
-        fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    def _store(self, key: ChunkKey, parts: Parts, keep: set[str]) -> bool:
+        """Write a frame and show it; False where there is no room."""
+        nbytes = sum(part.nbytes for part in parts)
         try:
-            try:
-                _write_all(fd, parts)
-                if self._fsync:
-                    os.fdatasync(fd)
-            finally:
-                os.close(fd)
-            return self._show(tmp, self._path(key))
+            tmp = self._reserve(nbytes, keep)
+            if tmp is not None:
+                self._fill(tmp, key, parts, nbytes)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return False  # the medium is full before our capacity is
+            raise
+        return tmp is not None
+
+    def _fill(self, tmp: str, key: ChunkKey, parts: Parts, nbytes: int) -> None:
+        shown = False
+        try:
+            self._write(tmp, parts)
+            shown = self._show(tmp, self._path(key))
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(tmp)
+            if not shown:
+                with contextlib.suppress(OSError):
+                    os.unlink(tmp)
+                    self._release(nbytes)
+
+    def _write(self, tmp: str, parts: Parts) -> None:
+        fd = os.open(tmp, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            _write_all(fd, parts)
+            if self._fsync:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
 
     def _show(self, tmp: str, path: str) -> bool:
+        """Give a written file its name; False where another process was faster."""
         if os.path.lexists(path):
             return False
         try:
             os.rename(tmp, path)
         except FileNotFoundError:
-            os.mkdir(os.path.dirname(path), 0o700)  # not its parents: the root may be unmounted
+            with contextlib.suppress(FileExistsError):  # only the last: the root may be unmounted
+                os.mkdir(os.path.dirname(path), 0o700)
             os.rename(tmp, path)
         if self._fsync:
             _fsync_directory(os.path.dirname(path))
         return True
 
-    def _reserve(self, nbytes: int, keep: set[str]) -> bool:
-        """Count `nbytes` as used, making room first; False where that is impossible."""
+    def _reserve(self, nbytes: int, keep: set[str]) -> str | None:
+        """Make room, count `nbytes` as used and return an empty temporary file that says so."""
         if nbytes > self._capacity:
-            return False
-        with self._locked():
-            used = self._read_usage()
+            return None
+        with self._locked() as usage:
+            used = _read_usage(usage)
             if used + nbytes > self._capacity:
                 used = self._make_room(nbytes, keep)
-            fits = used + nbytes <= self._capacity
-            self._write_usage(used + nbytes if fits else used)
-        return fits
+            if used + nbytes > self._capacity:
+                _write_usage(usage, used)
+                return None
+            tmp = os.path.join(self._tmp, f"{secrets.token_hex(16)}-{nbytes}")
+            os.close(os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            _write_usage(usage, used + nbytes)
+        return tmp
+
+    def _release(self, nbytes: int) -> None:
+        if nbytes:
+            with self._locked() as usage:
+                _write_usage(usage, max(0, _read_usage(usage) - nbytes))
 
     def _make_room(self, nbytes: int, keep: set[str]) -> int:
         """Remove least recently used files; returns the bytes that are then used."""
+        reserved = self._reserved()  # first, so that a file shown meanwhile counts twice, not never
         files = sorted(self._files(), key=lambda file: file[2])
-        used = sum(size for _, size, _ in files)
+        used = reserved + sum(size for _, size, _ in files)
         target = self._capacity - max(nbytes, self._capacity // _SLACK)
         evicted: list[ChunkKey] = []
         for path, _, _ in files:
@@ -222,7 +242,7 @@ class DiskBackend(StorageBackend):
                 break
             name = os.path.basename(path)
             if name not in keep:
-                used -= self._unlink(path)
+                used -= _unlink(path)
                 evicted.append(ChunkKey.parse(name))
         if evicted:
             self.on_evict(evicted)
@@ -238,43 +258,47 @@ class DiskBackend(StorageBackend):
                     status = file.stat()
                     yield file.path, status.st_size, status.st_mtime_ns
 
-    def _unlink(self, path: str) -> int:
-        """Remove a file; the bytes that this freed. One that cannot be removed frees none."""
-        try:
-            nbytes = os.stat(path).st_size
-            os.unlink(path)
-        except OSError:
-            return 0
-        return nbytes
-
-    def _remove_stale(self) -> None:
-        """Remove what a killed process left half written."""
+    def _reserved(self) -> int:
+        """Bytes of frames being written; removes what a killed process left half written."""
         oldest = time.time() - _STALE_SECONDS
+        reserved = 0
         for file in _entries(self._tmp):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 if file.stat().st_mtime < oldest:
                     os.unlink(file.path)
+                else:
+                    reserved += int(file.name.partition("-")[2])
+        return reserved
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Exclusive among processes and, through its own open file, among threads."""
-        fd = os.open(f"/proc/self/fd/{self._usage}", os.O_RDWR | os.O_CLOEXEC)
+    def _locked(self) -> Iterator[int]:
+        """The usage file, locked. Its own open file keeps threads apart as well as processes."""
+        path = os.path.join(self._root, "usage")
+        usage = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
+            fcntl.flock(usage, fcntl.LOCK_EX)
+            yield usage
         finally:
-            os.close(fd)  # releases the lock, as does a kill
+            os.close(usage)  # releases the lock, as does a kill
 
-    def _add_usage(self, nbytes: int) -> None:
-        with self._locked():
-            self._write_usage(max(0, self._read_usage() + nbytes))
 
-    def _read_usage(self) -> int:
-        data = os.pread(self._usage, 8, 0)
-        return int(struct.unpack("<q", data)[0]) if len(data) == 8 else 0
+def _read_usage(usage: int) -> int:
+    data = os.pread(usage, 8, 0)
+    return int(struct.unpack("<q", data)[0]) if len(data) == 8 else 0
 
-    def _write_usage(self, nbytes: int) -> None:
-        os.pwrite(self._usage, struct.pack("<q", nbytes), 0)
+
+def _write_usage(usage: int, nbytes: int) -> None:
+    os.pwrite(usage, struct.pack("<q", nbytes), 0)
+
+
+def _unlink(path: str) -> int:
+    """Remove a file; the bytes that this freed. One that cannot be removed frees none."""
+    try:
+        nbytes = os.stat(path).st_size
+        os.unlink(path)
+    except OSError:
+        return 0
+    return nbytes
 
 
 def _arrived(

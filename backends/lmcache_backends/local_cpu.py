@@ -92,9 +92,7 @@ class LocalCpuBackend(StorageBackend):
             for key in self._frames.keys():
                 self._remove(key)
 
-    def _make_room(
-        self, nbytes: int, keep: frozenset[ChunkKey], evicted: list[ChunkKey]
-    ) -> bool:
+    def _make_room(self, nbytes: int, keep: frozenset[ChunkKey], evicted: list[ChunkKey]) -> bool:
         """Evict until `nbytes` fit; False, with nothing more evicted than needed, if they can't."""
         if nbytes > self._capacity:
             return False

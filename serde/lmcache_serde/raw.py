@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmcache_core import Tensors, TensorsToBytes, TensorSpec, byte_view, views
+from lmcache_core import Tensors, TensorSpec, TensorsToBytes, byte_view, views
 
 
 class Raw(TensorsToBytes):

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lmcache_core import Tensors, TensorsToBytes, TensorSpec, byte_view, views
+from lmcache_core import Tensors, TensorSpec, TensorsToBytes, byte_view, views
 
 _DTYPES = {
     "float32": "F32",

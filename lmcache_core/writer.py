@@ -1,0 +1,160 @@
+"""WriteBehind: a bounded queue of chunks, readable while they wait, and its thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lmcache_core.frame import Chunk
+from lmcache_core.keys import ChunkKey
+
+BATCH_BYTES = 64 << 20
+"""About this much is handed to the store at a time."""
+MAX_HOLES = 65536
+
+Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
+"""(chunks, their chain) -> how many of them, from the first, the store now has."""
+Drop = Callable[[Sequence[ChunkKey], str], None]
+"""Hears (keys, reason) of chunks that were not stored."""
+
+
+class _Job(NamedTuple):
+    """One chunk to store, or None to only touch the chain."""
+
+    chunk: Chunk | None
+    chain: tuple[ChunkKey, ...]
+
+
+class WriteBehind:
+    """Takes chunks up to `budget` bytes. Beyond that it drops them or, if `block`, waits.
+
+    A chunk that was dropped leaves a hole: what follows it in a sequence could never be found, so
+    it is dropped too, until the missing chunk is offered again.
+    """
+
+    def __init__(self, write: Write, drop: Drop, budget: int, *, block: bool) -> None:
+        self.pending: dict[ChunkKey, Chunk] = {}
+        """Chunks taken and not yet stored. Reading it needs no lock."""
+        self.holes: dict[ChunkKey, None] = {}
+        """Chunks known to be missing in the store, the oldest first."""
+        self._write, self._drop = write, drop
+        self._budget, self._block = budget, block
+        self._jobs: deque[_Job] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._busy = False
+        self._closed = False
+
+    def add(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
+        """Queue chunks of one sequence; returns how many, from the first, were taken.
+
+        `chain` is the sequence up to the last chunk. Without chunks: only touch it.
+        """
+        chain = tuple(chain)
+        with self._changed:
+            taken, reason = self._admit(chunks, chain)
+            if not chunks and not self._closed:
+                self._append(_Job(None, chain))
+            dropped = [chunk.key for chunk in chunks[taken:]]
+            self._remember(dropped)
+        if dropped:
+            self._drop(dropped, reason)
+        return taken
+
+    def _admit(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> tuple[int, str]:
+        if self._has_hole(chunks, chain):
+            return 0, "hole"
+        for taken, chunk in enumerate(chunks):
+            if self._block:
+                self._changed.wait_for(lambda n=chunk.nbytes: self._closed or self._fits(n))  # type: ignore[misc]
+            if self._closed or not self._fits(chunk.nbytes):
+                return taken, "queue"
+            self.holes.pop(chunk.key, None)
+            if chunk.key not in self.pending:
+                self.pending[chunk.key] = chunk
+                self._bytes += chunk.nbytes
+                self._append(_Job(chunk, chain))
+        return len(chunks), ""
+
+    def _has_hole(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> bool:
+        if not self.holes or not chunks:
+            return False
+        new = {chunk.key for chunk in chunks}
+        return any(key in self.holes and key not in new for key in chain)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._bytes + nbytes <= self._budget or not self.pending
+
+    def _remember(self, dropped: Sequence[ChunkKey]) -> None:
+        self.holes.update(dict.fromkeys(dropped))
+        while len(self.holes) > MAX_HOLES:
+            del self.holes[next(iter(self.holes))]
+
+    def _append(self, job: _Job) -> None:
+        self._jobs.append(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="lmcache-writer", daemon=True)
+            self._thread.start()
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (batch := self._take()) is not None:
+            self._store(*batch)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+            del batch  # hold no chunk while idle
+
+    def _take(self) -> tuple[list[Chunk], tuple[ChunkKey, ...]] | None:
+        """The next chunks of one sequence, about BATCH_BYTES of them."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if not self._jobs:
+                return None
+            self._busy = True
+            first = self._jobs.popleft()
+            chunks = [] if first.chunk is None else [first.chunk]
+            nbytes = sum(chunk.nbytes for chunk in chunks)
+            while chunks and self._jobs and self._jobs[0].chain is first.chain:
+                following = self._jobs[0].chunk
+                if following is None or nbytes + following.nbytes > BATCH_BYTES:
+                    break
+                self._jobs.popleft()
+                chunks.append(following)
+                nbytes += following.nbytes
+        return chunks, first.chain[: chunks[-1].index + 1] if chunks else first.chain
+
+    def _store(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> None:
+        with self._changed:
+            hole = self._has_hole(chunks, chain)
+        stored = 0
+        if hole:
+            self._drop([chunk.key for chunk in chunks], "hole")
+        else:
+            stored = self._write(chunks, chain)
+        with self._changed:
+            for chunk in chunks:
+                del self.pending[chunk.key]
+                self._bytes -= chunk.nbytes
+            self._remember([chunk.key for chunk in chunks[stored:]])
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until all that was taken is stored or dropped; False where it takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Flush for at most `timeout` seconds, drop the rest, end the thread."""
+        drained = self.flush(timeout)
+        with self._changed:
+            self._closed = True
+            left = [job.chunk.key for job in self._jobs if job.chunk is not None]
+            self._jobs.clear()
+            self._changed.notify_all()
+        if left:
+            self._drop(left, "deadline")
+        if drained and self._thread is not None:
+            self._thread.join(timeout)
