@@ -51,7 +51,7 @@ class StorageBackend(ABC):
     on_evict: Callable[[Sequence[ChunkKey]], None] = staticmethod(lambda keys: None)
     """Set by the tier; call it with the keys that were evicted to make room."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any) -> None:  # noqa: B027
         """Open the store. Raises ConfigError, with the reason, when it cannot be used at all."""
 
     @abstractmethod
@@ -64,8 +64,8 @@ class StorageBackend(ABC):
     ) -> Iterator[tuple[int, Parts]]:
         """Yield (index into keys, frame) as frames arrive, in any order; absent ones are left out.
 
-        Read into a buffer from `allocate` (which any thread may call), or yield memory of your own that stays valid and
-        unchanged for as long as somebody refers to it.
+        Read into a buffer from `allocate` (which any thread may call), or yield memory of your
+        own that stays valid and unchanged for as long as somebody refers to it.
         """
 
     @abstractmethod

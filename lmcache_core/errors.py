@@ -1,11 +1,11 @@
 """The exception tree.
 
 LmcacheError
-├── ConfigError          the configuration cannot be used; names file, line, key, what was expected
+├── ConfigError            cannot be used; names file, line, key and what was expected
 │   └── UnknownComponent   no backend, serde, ... of that name; lists the known ones
-├── LayoutError          tensors handed in do not fit the KVLayout (a programming error, raised at once)
-├── FrameError           bytes that are not the frame asked for; `.reason` is the counted miss reason
-└── StorageError         a backend could not do what it was asked; never reaches an inference engine
+├── LayoutError            tensors do not fit the KVLayout: a programming error, raised at once
+├── FrameError             not the frame asked for; `.reason` is the counted miss reason
+└── StorageError           a backend could not do what it was asked; never reaches an engine
     └── DeadlineExceeded   ... in time
 """
 

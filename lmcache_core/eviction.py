@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from lmcache_core.keys import ChunkKey
@@ -41,7 +41,7 @@ class EvictionPolicy(ABC, Generic[V]):
         """The key to evict next, or None where all that is left is in `keep`."""
 
     @abstractmethod
-    def keys(self) -> list[ChunkKey]:
+    def __iter__(self) -> Iterator[ChunkKey]:
         """All keys, the first to evict first."""
 
 
@@ -68,5 +68,5 @@ class LRU(EvictionPolicy[V]):
     def victim(self, keep: Collection[ChunkKey]) -> ChunkKey | None:
         return next((key for key in self._values if key not in keep), None)
 
-    def keys(self) -> list[ChunkKey]:
-        return list(self._values)
+    def __iter__(self) -> Iterator[ChunkKey]:
+        return iter(self._values)

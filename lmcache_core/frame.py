@@ -12,7 +12,8 @@
     32      32    chunk key
     64      16    XXH3-128 of everything else: bytes 0..64, header, padding, payload
     80      ...   header: JSON {"chain": [[name, options], ...],
-                                "tensors": [[name, dtype, shape], ...],   as the middle serde sees them
+                                "tensors": [[name, dtype, shape], ...],  as tensors-to-bytes
+                                                                         sees them
                                 "namespace": {...}}
     ...           zeros up to a multiple of 64
     ...           payload
@@ -104,36 +105,64 @@ def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
     Tensors are views on the last part where the chain allows it. Raises FrameError, and nothing
     else, for bytes that are not that frame.
     """
-    head = parts[0] if parts else memoryview(b"")
-    if head.nbytes < _HEADER:
-        raise FrameError(f"{head.nbytes} bytes are too few for a frame")
-    magic, version, flags, length, tokens, index, nbytes, zero, own = _PRELUDE.unpack_from(head)
-    if magic != MAGIC:
-        raise FrameError("not a frame")
-    if version != FRAME_VERSION:
-        raise FrameError(f"frame version {version}; this is {FRAME_VERSION}", "unreadable")
-    start = _HEADER + length + (-(_HEADER + length) % _ALIGN)
-    if length > _MAX_HEADER or head.nbytes < start or zero or flags > _SEALED:
-        raise FrameError("impossible header")
-    if sum(part.nbytes for part in parts) != start + nbytes:
-        raise FrameError("wrong length: cut or extended")
-    body = [head[start:], *parts[1:]]
+    head = _Head.read(parts)
     if verify:
-        if not flags & _SEALED:
-            raise FrameError("not sealed")
-        expected = bytes(head[_CHECKSUM:_HEADER])
-        if _checksum(head[:_CHECKSUM], [head[_HEADER:start], *body]) != expected:
-            raise FrameError("checksum does not match")
-    if own != key:
-        raise FrameError(f"the frame of {own.hex()}", "foreign")
-    raw_header = bytes(head[_HEADER : _HEADER + length])
+        head.check(parts)
+    if head.key != key:
+        raise FrameError(f"the frame of {head.key.hex()}", "foreign")
+    raw_header = bytes(parts[0][_HEADER : _HEADER + head.length])
     header = _parse(raw_header)
     if header.namespace.digest != key.namespace:
         raise FrameError("namespace document and key differ", "foreign")
-    info = ChunkInfo(header.namespace.layout, tokens, index)
-    context = _context(key, tokens, index, raw_header)
-    tensors = header.chain.decode(_join(body), header.specs, info, context)
-    return Chunk(key, header.namespace, index, tokens, tensors)
+    info = ChunkInfo(header.namespace.layout, head.tokens, head.index)
+    context = _context(key, head.tokens, head.index, raw_header)
+    payload = _join([parts[0][head.start :], *parts[1:]])
+    tensors = header.chain.decode(payload, header.specs, info, context)
+    return Chunk(key, header.namespace, head.index, head.tokens, tensors)
+
+
+class _Head(NamedTuple):
+    """The fixed fields."""
+
+    magic: bytes
+    version: int
+    flags: int
+    length: int
+    tokens: int
+    index: int
+    nbytes: int
+    zero: int
+    key: bytes
+
+    @classmethod
+    def read(cls, parts: Parts) -> _Head:
+        first = parts[0] if parts else memoryview(b"")
+        if first.nbytes < _HEADER:
+            raise FrameError(f"{first.nbytes} bytes are too few for a frame")
+        head = cls(*_PRELUDE.unpack_from(first))
+        if head.magic != MAGIC:
+            raise FrameError("not a frame")
+        if head.version != FRAME_VERSION:
+            raise FrameError(f"frame version {head.version}; this is {FRAME_VERSION}", "unreadable")
+        if head.length > _MAX_HEADER or head.zero or head.flags > _SEALED:
+            raise FrameError("impossible header")
+        total = sum(part.nbytes for part in parts)
+        if first.nbytes < head.start or total != head.start + head.nbytes:
+            raise FrameError("wrong length: cut or extended")
+        return head
+
+    @property
+    def start(self) -> int:
+        """Where the payload begins."""
+        end = _HEADER + self.length
+        return end + -end % _ALIGN
+
+    def check(self, parts: Parts) -> None:
+        first = parts[0]
+        expected = bytes(first[_CHECKSUM:_HEADER])
+        sealed = self.flags & _SEALED
+        if not sealed or _checksum(first[:_CHECKSUM], [first[_HEADER:], *parts[1:]]) != expected:
+            raise FrameError("checksum does not match")
 
 
 def _checksum(prelude: bytes | memoryview, parts: Sequence[memoryview]) -> bytes:

@@ -1,4 +1,4 @@
-"""What plugins can hear and add. All calls are batched; a plugin that raises is logged, not felt."""
+"""What plugins can hear and add. A plugin that raises is logged, not felt."""
 
 from __future__ import annotations
 

@@ -1,3 +1,4 @@
+# ruff: noqa: D103 - the hooks document themselves in hooks.py
 """The Prometheus exporter: a plugin like any other, on prometheus_client's default registry."""
 
 from __future__ import annotations

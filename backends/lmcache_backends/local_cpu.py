@@ -80,7 +80,7 @@ class LocalCpuBackend(StorageBackend):
 
     def scan(self) -> Iterator[Stored]:
         with self._lock:
-            found = [(key, self._frames.get(key)) for key in self._frames.keys()]
+            found = [(key, self._frames.get(key)) for key in self._frames]
         yield from (Stored(key, _size(parts)) for key, parts in found if parts is not None)
 
     def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:
@@ -89,7 +89,7 @@ class LocalCpuBackend(StorageBackend):
 
     def close(self) -> None:
         with self._lock:
-            for key in self._frames.keys():
+            for key in list(self._frames):
                 self._remove(key)
 
     def _make_room(self, nbytes: int, keep: frozenset[ChunkKey], evicted: list[ChunkKey]) -> bool:

