@@ -1,0 +1,266 @@
+"""Store, load and lookup of the local tiers, each beside the physical limit, in the same run.
+
+    python benchmarks/bench_tiers.py [--chunks 128] [--rounds 9]
+
+A chunk is 256 tokens of SmolLM2-135M's layout in bfloat16, 5.6 MiB. Limits, measured by the same
+thread on the same bytes, alternating with what they limit:
+
+    memcpy      one buffer into another, both in use before
+    preadv      open, fstat, preadv into a buffer in use, close: one file a chunk, page cache
+    pwritev     open, pwritev, close, rename: one file a chunk, page cache
+
+"load" ends with the chunk's bytes in the engine's memory for local_cpu (one copy, as an engine
+makes it), and with tensors in a host buffer, checksum verified, for disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import lmcache_core
+from lmcache_core import KVLayout, LayerGroup, Namespace, Tensors
+
+TOKENS = 256
+LAYOUT = KVLayout(
+    groups=(
+        LayerGroup(
+            kind="attention",
+            layers=tuple(range(30)),
+            kv_heads=3,
+            key_dim=64,
+            value_dim=64,
+            dtype="bfloat16",
+        ),
+    )
+)
+CHUNK = LAYOUT.bytes_per_token * TOKENS
+console = Console()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def alternate(
+    limit: Callable[[], object], ours: Callable[[], object], rounds: int
+) -> tuple[float, float, float]:
+    """Medians of both, and the median of their ratios: noise hits both of a round alike."""
+    limit()
+    ours()
+    pairs = [(timed(limit), timed(ours)) for _ in range(rounds)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+class Memory:
+    """An engine's KV memory: `chunks` chunks in one tensor, already in use."""
+
+    def __init__(self, chunks: int) -> None:
+        self.bytes = torch.randint(0, 255, (chunks, CHUNK), dtype=torch.uint8)
+        half = CHUNK // 2
+        shape = (chunks, *LAYOUT.tensors(TOKENS)[0].shape)
+        self.kv = {
+            "g0.k": self.bytes[:, :half].view(torch.bfloat16).view(shape),
+            "g0.v": self.bytes[:, half:].view(torch.bfloat16).view(shape),
+        }
+
+    def gather(self, index: int, out: Tensors) -> None:
+        """Chunk `index` out of this memory."""
+        for name, tensor in self.kv.items():
+            out[name].copy_(tensor[index])
+
+    def scatter(self, index: int, tensors: Tensors) -> None:
+        """Chunk `index` into this memory."""
+        for name, tensor in self.kv.items():
+            tensor[index].copy_(tensors[name])
+
+
+def bench_local_cpu(chunks: int, rounds: int, table: Table) -> None:
+    """Store and load against memcpy."""
+    source, target = Memory(chunks), Memory(chunks)
+    capacity = 2 * chunks * (CHUNK + 65536)
+    with lmcache_core.open({"tiers": [{"backend": "local_cpu", "capacity": capacity}]}) as cache:
+        namespace = cache.namespace(model="bench", layout=LAYOUT)
+        keys = cache.keys(namespace, list(range(chunks * TOKENS)))
+        tier = cache._tiers[0]._backend
+
+        def copy() -> None:
+            for index in range(chunks):
+                target.bytes[index].copy_(source.bytes[index])
+
+        def store() -> None:
+            tier.delete(keys, 1.0)
+            cache.store(namespace, keys, source.gather)
+
+        def load() -> None:
+            for chunk in cache.load(keys):
+                target.scatter(chunk.index, chunk.tensors)
+
+        add(table, "local_cpu store", "memcpy", chunks, alternate(copy, store, rounds))
+        add(table, "local_cpu load", "memcpy", chunks, alternate(copy, load, rounds))
+        if not torch.equal(source.bytes, target.bytes):
+            raise SystemExit("loaded bytes differ")
+
+
+def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
+    """Store and load against bare files."""
+    source = Memory(chunks)
+    files = [folder / "bare" / str(index) for index in range(chunks)]
+    files[0].parent.mkdir()
+    buffers = [memoryview(row.numpy()) for row in source.bytes]
+    landing = [memoryview(bytearray(CHUNK)) for _ in range(4)]
+    config = {"backend": "disk", "path": str(folder / "ours"), "capacity": "1TiB", "deadline": 60}
+    with lmcache_core.open({"tiers": [{**config, "queue": "1TiB"}]}) as cache:
+        namespace = cache.namespace(model="bench", layout=LAYOUT)
+        keys = cache.keys(namespace, list(range(chunks * TOKENS)))
+        backend = cache._tiers[0]._backend
+
+        def write() -> None:
+            for file, buffer in zip(files, buffers, strict=True):
+                write_file(file, buffer)
+
+        def store() -> None:
+            cache.store(namespace, keys, source.gather)
+            cache.flush()
+
+        def remove() -> None:
+            backend.delete(keys, 10.0)
+            for file in files:
+                file.unlink(missing_ok=True)
+
+        def read() -> None:
+            for number, file in enumerate(files):
+                read_file(file, landing[number % len(landing)])
+
+        def load() -> None:
+            count = sum(1 for _ in cache.load(keys))
+            if count != chunks:
+                raise SystemExit(f"loaded {count} of {chunks} chunks")
+
+        pairs = []
+        for _ in range(rounds):
+            remove()
+            pairs.append((timed(write), timed(store)))
+        medians = (
+            statistics.median(a for a, _ in pairs),
+            statistics.median(b for _, b in pairs),
+            statistics.median(a / b for a, b in pairs),
+        )
+        add(table, "disk store", "pwritev", chunks, medians)
+        add(table, "disk load", "preadv", chunks, alternate(read, load, rounds))
+
+
+def write_file(file: Path, buffer: memoryview) -> None:
+    """The least that a whole-or-nothing file takes."""
+    tmp = f"{file}.tmp"
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT, 0o600)
+    done = 0
+    while done < buffer.nbytes:
+        done += os.pwritev(fd, [buffer[done:]], done)
+    os.close(fd)
+    os.rename(tmp, file)
+
+
+def read_file(file: Path, buffer: memoryview) -> None:
+    """The least that reading a file into a buffer takes."""
+    fd = os.open(file, os.O_RDONLY)
+    os.fstat(fd)
+    done = 0
+    while done < buffer.nbytes:
+        done += os.preadv(fd, [buffer[done:]], done)
+    os.close(fd)
+
+
+def bench_lookup(rounds: int, folder: Path) -> Table:
+    """A 32k-token prompt, 128 chunks: keys from tokens, then all hit or all miss."""
+    table = Table(title="Lookup of a 32,768-token prompt (128 chunks), milliseconds")
+    for column in ("tiers", "keys", "all hit", "all miss"):
+        table.add_column(column, justify="left" if column == "tiers" else "right")
+    small = KVLayout(
+        groups=(LayerGroup(kind="attention", layers=(0,), kv_heads=1, key_dim=1, value_dim=1,
+                           dtype="bfloat16"),)
+    )  # fmt: skip
+    memory = {"backend": "local_cpu", "capacity": "1GiB"}
+    disk = {"backend": "disk", "path": str(folder), "capacity": "1GiB"}
+    for tiers in ([memory], [disk], [memory, disk]):
+        with lmcache_core.open({"tiers": tiers}) as cache:
+            namespace = cache.namespace(model="bench", layout=small)
+            prompt = torch.arange(32768)
+            keys = cache.keys(namespace, prompt)
+            other = cache.keys(namespace, prompt + 1)
+            cache.store(namespace, keys, lambda index, out: None)
+            cache.flush()
+            row = [
+                median_ms(lambda: cache.keys(namespace, prompt), rounds),  # noqa: B023
+                median_ms(lambda: cache.lookup(keys), rounds),  # noqa: B023
+                median_ms(lambda: cache.lookup(other), rounds),  # noqa: B023
+            ]
+        name = " + ".join(tier["backend"] for tier in tiers)
+        table.add_row(name, *(f"{value:.2f}" for value in row))
+    return table
+
+
+def median_ms(work: Callable[[], object], rounds: int) -> float:
+    """Median over many calls, in milliseconds."""
+    return 1e3 * statistics.median(timed(work) for _ in range(20 * rounds))
+
+
+def add(
+    table: Table, name: str, limit: str, chunks: int, medians: tuple[float, float, float]
+) -> None:
+    """One row: GB/s of the limit and of ours, and the ratio."""
+    gigabytes = chunks * CHUNK / 1e9
+    bare, ours, ratio = medians
+    table.add_row(
+        name, limit, f"{gigabytes / bare:.1f}", f"{gigabytes / ours:.1f}", f"{ratio:.2f}"
+    )
+
+
+def machine() -> str:
+    """The processor, for the table's title."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return f"{model}, {os.cpu_count()} CPUs"
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--chunks", type=int, default=64, help="chunks in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--directory", type=Path, help="where the disk tier writes")
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # one copying thread on both sides
+    table = Table(title=f"{options.chunks} chunks of {CHUNK / 2**20:.1f} MiB, GB/s; {machine()}")
+    for column in ("what", "limit", "limit GB/s", "ours GB/s", "ratio"):
+        table.add_column(column, justify="right" if "/" in column else "left")
+    with tempfile.TemporaryDirectory(dir=options.directory) as name:
+        folder = Path(name)
+        bench_local_cpu(options.chunks, options.rounds, table)
+        bench_disk(options.chunks, options.rounds, table, folder)
+        console.print(table)
+        console.print(bench_lookup(options.rounds, folder / "lookup"))
+
+
+if __name__ == "__main__":
+    main()
