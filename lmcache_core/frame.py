@@ -180,7 +180,7 @@ def _join(parts: Sequence[memoryview]) -> memoryview:
     filled = [part for part in parts if part.nbytes]
     if len(filled) == 1:
         return filled[0]
-    return memoryview(b"".join(filled))
+    return memoryview(bytearray().join(filled))
 
 
 @lru_cache(maxsize=256)

@@ -15,8 +15,9 @@ import array
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,6 +113,13 @@ class Namespace(BaseModel):
     def digest(self) -> bytes:
         """16 bytes that stand for the document."""
         return hashlib.blake2b(self.document, digest_size=16, person=b"lmcache-names-1").digest()
+
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Namespace:
+        """A validated copy. Pydantic's own would take the cached digest along."""
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**fields, **(update or {})})
 
     @classmethod
     def from_document(cls, document: bytes) -> Namespace:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -114,7 +115,7 @@ class KVLayout(BaseModel):
             raise ValueError("a layer stands in two groups")
         return groups
 
-    @cached_property
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of KV that one token takes, over all layers."""
         return sum(spec.nbytes for spec in self.tensors(1))
@@ -170,6 +171,8 @@ def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Te
     needed = sum(spec.nbytes for spec in specs)
     if buffer.nbytes != needed:
         raise LayoutError(f"the tensors take {needed} bytes; the buffer has {buffer.nbytes}")
+    # One storage for all, so that `byte_view` knows them as neighbours.
+    whole = torch.from_numpy(np.asarray(_Memory(buffer)))
     tensors: dict[str, torch.Tensor] = {}
     offset = 0
     for spec in specs:
@@ -177,10 +180,22 @@ def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Te
         if spec.nbytes == 0:
             tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
             continue
-        flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(spec.shape), offset=offset)
-        tensors[spec.name] = flat.view(spec.shape)
+        part = whole[offset : offset + spec.nbytes]
+        if part.data_ptr() % dtype.itemsize or offset % dtype.itemsize:
+            part = part.clone()  # another program's order: torch wants its elements aligned
+        tensors[spec.name] = part.view(dtype).view(spec.shape)
         offset += spec.nbytes
     return tensors
+
+
+class _Memory:
+    """A buffer as numpy and torch take it even where it is read-only, as a chunk's tensors are
+    by contract (a client library's `bytes`)."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        interface = np.frombuffer(buffer, np.uint8).__array_interface__
+        self.__array_interface__ = {**interface, "data": (interface["data"][0], False)}
+        self._keep = buffer
 
 
 def byte_view(tensors: Iterable[torch.Tensor]) -> list[memoryview]:
