@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lmcache_core
-from lmcache_core import KVLayout, LayerGroup, Namespace, Tensors
+from lmcache_core import KVLayout, LayerGroup, Tensors
 
 TOKENS = 256
 LAYOUT = KVLayout(
@@ -228,9 +228,7 @@ def add(
     """One row: GB/s of the limit and of ours, and the ratio."""
     gigabytes = chunks * CHUNK / 1e9
     bare, ours, ratio = medians
-    table.add_row(
-        name, limit, f"{gigabytes / bare:.1f}", f"{gigabytes / ours:.1f}", f"{ratio:.2f}"
-    )
+    table.add_row(name, limit, f"{gigabytes / bare:.1f}", f"{gigabytes / ours:.1f}", f"{ratio:.2f}")
 
 
 def machine() -> str:
@@ -245,7 +243,9 @@ def machine() -> str:
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--chunks", type=int, default=64, help="chunks in a round")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--directory", type=Path, help="where the disk tier writes")

@@ -48,6 +48,10 @@ class StorageBackend(ABC):
     """True where a call never waits and nobody else can change the bytes (this host's memory):
     it is then called on the engine's own thread, and frames are not checksummed again."""
 
+    streams: ClassVar[int] = 2
+    """Calls of `get` that a load divides its keys among. While one waits for bytes the other's
+    are verified and decoded."""
+
     on_evict: Callable[[Sequence[ChunkKey]], None] = staticmethod(lambda keys: None)
     """Set by the tier; call it with the keys that were evicted to make room."""
 

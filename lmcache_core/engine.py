@@ -147,7 +147,7 @@ class CacheEngine:
             while took.chunks < len(where):
                 for chunk, number in self._stream(keys, where, took.chunks):
                     took.add(chunk, self._tiers[number].name)
-                    self._spread(chunk, keys[: took.chunks], number, full)
+                    self._spread(chunk, keys, number, full)
                     yield chunk
                     del chunk
                 if took.chunks < len(where):
@@ -171,8 +171,6 @@ class CacheEngine:
                     arrivals[number] = _Arrivals(self._tiers[number], keys, mine)
                 got = arrivals[number].take(index)
                 if isinstance(got, Miss):
-                    name = self._tiers[number].name
-                    self._observers.tell("missed", tier=name, reason=got.reason, keys=[keys[index]])
                     return
                 yield got, number
                 del got
@@ -189,15 +187,18 @@ class CacheEngine:
         end = rest.index(None) if None in rest else len(rest)
         return [found[0], *(n for n in rest[:end] if n is not None)]
 
-    def _spread(self, chunk: Chunk, chain: Sequence[ChunkKey], source: int, full: set[int]) -> None:
+    def _spread(
+        self, chunk: Chunk, keys: tuple[ChunkKey, ...], source: int, full: set[int]
+    ) -> None:
         """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
         offer it again to one below that had to drop it."""
         for number, tier in enumerate(self._tiers):
-            above = number < source and number not in full
-            if above and tier.store([chunk], chain) == 0:
-                full.add(number)
-            if number > source and tier.lacks(chunk.key):
-                tier.store([chunk], chain)
+            promote = number < source and number not in full
+            if promote or (number > source and tier.lacks(chunk.key)):
+                reason = tier.store(chunk, keys)
+                if reason:
+                    full.add(number)
+                    tier.drop([chunk.key], reason)
 
     def store(
         self,
@@ -219,26 +220,31 @@ class CacheEngine:
         if any(key.namespace != namespace.digest for key in keys):
             raise ValueError("keys of another namespace")
         tokens = self.chunk_size if tokens is None else tokens
-        if not self._tiers:
-            return 0
-        chunks: list[Chunk] = []
+        keys = tuple(keys)
+        new = self._new(keys, start)
+        taken = [0] * len(self._tiers)
+        refused = [""] * len(self._tiers)
         try:
-            for index in self._new(keys, start):
-                chunks.append(_gather(namespace, keys[index], index, tokens, gather))
+            for index in new:
+                if all(refused):
+                    break  # nobody takes it: do not even gather it
+                chunk = _gather(namespace, keys[index], index, tokens, gather)
+                for n, tier in enumerate(self._tiers):
+                    refused[n] = refused[n] or tier.store(chunk, keys)
+                    taken[n] += not refused[n]
         finally:
-            taken = [self._offer(tier, chunks, keys) for tier in self._tiers]
-        return taken[0]
+            for n, tier in enumerate(self._tiers):
+                if refused[n]:
+                    tier.drop([keys[index] for index in new[taken[n] :]], refused[n])
+        return taken[0] if taken else 0
 
     def _new(self, keys: Sequence[ChunkKey], start: int) -> list[int]:
         """Which chunks to gather: all that a memory tier in front does not have."""
         indices = list(range(start, len(keys)))
-        if not self._tiers[0].in_memory:
+        if not self._tiers or not self._tiers[0].in_memory:
             return indices
         present, _ = self._tiers[0].contains(keys[start:])
         return [i for i, there in zip(indices, present, strict=True) if not there]
-
-    def _offer(self, tier: Tier, chunks: Sequence[Chunk], keys: Sequence[ChunkKey]) -> int:
-        return tier.store(chunks, keys[: chunks[-1].index + 1]) if chunks else 0
 
     def stats(self) -> dict[tuple[str, ...], int]:
         """Counts by (event, labels ...), such as ("loaded", "disk") or

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lmcache_core import frame
@@ -29,19 +30,22 @@ T = TypeVar("T")
 THREADS = 32
 """Calls that a tier may have under way; a hung one keeps its thread until it returns."""
 READ_AHEAD = 4
-"""Frames that wait, read but not yet taken by the loading thread."""
+"""Chunks that wait, read but not yet taken by the loading thread."""
 SLOWEST = 16 << 20
 """Bytes a second. A transfer's deadline grows by its size at this rate; slower is failing."""
 
 
 class Miss(NamedTuple):
-    """Why a chunk that was asked for did not come."""
+    """Why a chunk that was asked for did not come; the tier has counted it."""
 
     reason: str
 
 
-_Arrival = tuple[int, Parts] | Exception | None
-"""What a reading thread hands over: a frame, the error that ended the batch, or its end."""
+_Wanted = tuple[int, ChunkKey]
+"""A chunk's place in the load, and its key."""
+
+_Arrival = tuple[int, Chunk | Miss] | Exception | None
+"""What a reading thread hands over: a chunk, the error that ended its stream, or its end."""
 
 
 class Tier:
@@ -98,45 +102,64 @@ class Tier:
             if chunk is not None:
                 del left[i]
                 yield i, chunk
-        indices = list(left)
+        wanted = [(i, keys[i]) for i in left]
         reason = "evicted"  # the lookup a moment ago said that it is there
         if self._reads.is_open:
-            reason, indices = "open", []
+            reason, wanted = "open", []
         try:
-            for place, parts in self._arrivals([keys[i] for i in indices]):
-                i = indices[place]
+            for i, got in self._arrivals(wanted):
                 if i in left:
                     del left[i]
-                    yield i, self._decode(parts, keys[i])
-                del parts
-            if indices:
+                    yield i, got
+                del got
+            if wanted:
                 self._reads.succeeded()
         except Exception as error:
             reason = self._failed(self._reads, "load", error)
+        if left:
+            self._missed([keys[i] for i in left], reason)
         for i in left:
             yield i, Miss(reason)
 
-    def _arrivals(self, keys: Sequence[ChunkKey]) -> Iterator[tuple[int, Parts]]:
-        """Frames from the backend, read ahead by a thread that may hang without us."""
-        if not keys or self.in_memory:
-            yield from self._backend.get(keys, _allocate, self._deadline)
-            return
+    def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+        if self.in_memory:
+            return self._read(wanted)
+        streams = [
+            part
+            for n in range(self._backend.streams)
+            if (part := wanted[n :: self._backend.streams])
+        ]
+        return self._merged(streams)
+
+    def _read(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+        """Frames from the backend, decoded."""
+        keys = [key for _, key in wanted]
+        for place, parts in self._backend.get(keys, _allocate, self._deadline):
+            i, key = wanted[place]
+            yield i, self._decode(parts, key)
+            del parts
+
+    def _merged(self, streams: Sequence[Sequence[_Wanted]]) -> Iterator[tuple[int, Chunk | Miss]]:
+        """What several threads read ahead. They may hang; this does not."""
         box: queue.Queue[_Arrival] = queue.Queue(READ_AHEAD)
         stop = threading.Event()
-        self._workers.submit(lambda: self._pump(keys, box, stop))
+        for wanted in streams:
+            self._workers.submit(partial(self._pump, wanted, box, stop))
+        running = len(streams)
         patience = self._deadline
         try:
-            while True:
+            while running:
                 began = time.monotonic()
                 item = self._next(box, patience)
                 patience -= time.monotonic() - began
                 if item is None:
-                    return
-                if isinstance(item, Exception):
+                    running -= 1
+                elif isinstance(item, Exception):
                     raise item
-                nbytes = sum(part.nbytes for part in item[1])
-                patience = min(self._deadline, patience + nbytes / SLOWEST)
-                yield item
+                else:
+                    nbytes = item[1].nbytes if isinstance(item[1], Chunk) else 0
+                    patience = min(self._deadline, patience + nbytes / SLOWEST)
+                    yield item
                 del item
         finally:
             stop.set()
@@ -148,11 +171,11 @@ class Tier:
             raise DeadlineExceeded(f"chunks did not come within {self._deadline:.3g} s") from None
 
     def _pump(
-        self, keys: Sequence[ChunkKey], box: queue.Queue[_Arrival], stop: threading.Event
+        self, wanted: Sequence[_Wanted], box: queue.Queue[_Arrival], stop: threading.Event
     ) -> None:
         last: Exception | None = None
         try:
-            for item in self._backend.get(keys, _allocate, self._deadline):
+            for item in self._read(wanted):
                 if not _offer(box, item, stop):
                     return
                 del item
@@ -167,7 +190,11 @@ class Tier:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             if error.reason != "unreadable":  # another version or serde of ours may read it
                 self._remove(key)
+            self._missed([key], error.reason)
             return Miss(error.reason)
+
+    def _missed(self, keys: Sequence[ChunkKey], reason: str) -> None:
+        self._observers.tell("missed", tier=self.name, reason=reason, keys=keys)
 
     def _remove(self, key: ChunkKey) -> None:
         """Delete a worthless frame, so that the chunk can be stored anew."""
@@ -182,22 +209,38 @@ class Tier:
         """Whether a chunk was dropped here earlier and is worth offering again."""
         return key in self._writer.holes and not self._writes.is_open
 
-    def store(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
-        """Store chunks in order, now or soon; returns how many were taken, from the first.
+    def store(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
+        """Store a chunk of the sequence `keys`, now or soon; returns "" or why it was refused.
 
-        `chain`: the sequence up to the last chunk, root first. Chunks that are not taken are
-        counted as dropped.
+        What is refused at once is the caller's to count, by `drop`.
         """
-        if self.in_memory:
-            return self._write(chunks, chain)
-        return self._writer.add(chunks, chain)
+        if not self.in_memory:
+            return self._writer.add(chunk, keys)
+        if self._writes.is_open:
+            return "open"
+        try:
+            frames = [(chunk.key, frame.encode(chunk, self._chain, seal=False))]
+            stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
+        except Exception as error:
+            return self._failed(self._writes, "store", error)
+        self._writes.succeeded()
+        if not stored:
+            return "full"
+        self._observers.tell("stored", tier=self.name, keys=[chunk.key], nbytes=chunk.nbytes)
+        return ""
 
-    def touch(self, chain: Sequence[ChunkKey]) -> None:
+    def drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
+        """Count chunks that this tier will not have."""
+        if keys:
+            self._writer.missing(keys)
+            self._drop(keys, reason)
+
+    def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """The sequence was used."""
         if self.in_memory:
-            self._write((), chain)
+            self._write((), keys)
         else:
-            self._writer.add((), chain)
+            self._writer.touch(keys)
 
     def _write(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
         """Returns how many chunks, from the first, the backend now has."""
@@ -223,9 +266,6 @@ class Tier:
         return 0
 
     def _put(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
-        if self.in_memory:
-            frames = [(c.key, frame.encode(c, self._chain, seal=False)) for c in chunks]
-            return self._backend.put(frames, chain, self._deadline)
         keys = [chunk.key for chunk in chunks]
         there = self._call(lambda: self._backend.contains(keys, self._deadline))
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
@@ -233,7 +273,9 @@ class Tier:
         nbytes = sum(part.nbytes for _, parts in frames for part in parts)
         timeout = self._deadline + nbytes / SLOWEST
         stored = self._workers.call(lambda: self._backend.put(frames, chain, timeout), timeout)
-        return len(chunks) if stored == len(frames) else keys.index(frames[stored][0])
+        if stored >= len(frames):
+            return len(chunks)
+        return keys.index(frames[stored][0])
 
     def _drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
         if keys:

@@ -21,17 +21,17 @@ Drop = Callable[[Sequence[ChunkKey], str], None]
 
 
 class _Job(NamedTuple):
-    """One chunk to store, or None to only touch the chain."""
+    """One chunk of a sequence to store, or None to only touch the sequence."""
 
     chunk: Chunk | None
-    chain: tuple[ChunkKey, ...]
+    keys: tuple[ChunkKey, ...]
 
 
 class WriteBehind:
-    """Takes chunks up to `budget` bytes. Beyond that it drops them or, if `block`, waits.
+    """Takes chunks up to `budget` bytes. Beyond that it refuses them or, if `block`, waits.
 
-    A chunk that was dropped leaves a hole: what follows it in a sequence could never be found, so
-    it is dropped too, until the missing chunk is offered again.
+    A chunk that was refused or not stored leaves a hole: what follows it in a sequence could never
+    be found, so it is refused too, until the missing chunk is offered again.
     """
 
     def __init__(self, write: Write, drop: Drop, budget: int, *, block: bool) -> None:
@@ -48,48 +48,41 @@ class WriteBehind:
         self._busy = False
         self._closed = False
 
-    def add(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
-        """Queue chunks of one sequence; returns how many, from the first, were taken.
-
-        `chain` is the sequence up to the last chunk. Without chunks: only touch it.
-        """
-        chain = tuple(chain)
+    def add(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
+        """Queue a chunk of the sequence `keys`; returns "" or why it was refused."""
         with self._changed:
-            taken, reason = self._admit(chunks, chain)
-            if not chunks and not self._closed:
-                self._append(_Job(None, chain))
-            dropped = [chunk.key for chunk in chunks[taken:]]
-            self._remember(dropped)
-        if dropped:
-            self._drop(dropped, reason)
-        return taken
-
-    def _admit(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> tuple[int, str]:
-        if self._has_hole(chunks, chain):
-            return 0, "hole"
-        for taken, chunk in enumerate(chunks):
+            if self._behind_hole(keys[: chunk.index]):
+                return "hole"
             if self._block:
-                self._changed.wait_for(lambda n=chunk.nbytes: self._closed or self._fits(n))  # type: ignore[misc]
+                self._changed.wait_for(lambda: self._closed or self._fits(chunk.nbytes))
             if self._closed or not self._fits(chunk.nbytes):
-                return taken, "queue"
+                return "queue"
             self.holes.pop(chunk.key, None)
             if chunk.key not in self.pending:
                 self.pending[chunk.key] = chunk
                 self._bytes += chunk.nbytes
-                self._append(_Job(chunk, chain))
-        return len(chunks), ""
+                self._append(_Job(chunk, keys))
+        return ""
 
-    def _has_hole(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> bool:
-        if not self.holes or not chunks:
-            return False
-        new = {chunk.key for chunk in chunks}
-        return any(key in self.holes and key not in new for key in chain)
+    def touch(self, keys: tuple[ChunkKey, ...]) -> None:
+        """Tell the store, in time, that the sequence was used."""
+        with self._changed:
+            if not self._closed:
+                self._append(_Job(None, keys))
+
+    def missing(self, keys: Sequence[ChunkKey]) -> None:
+        """Note chunks that the store will not have."""
+        with self._changed:
+            self._remember(keys)
+
+    def _behind_hole(self, before: Sequence[ChunkKey]) -> bool:
+        return bool(self.holes) and any(key in self.holes for key in before)
 
     def _fits(self, nbytes: int) -> bool:
         return self._bytes + nbytes <= self._budget or not self.pending
 
-    def _remember(self, dropped: Sequence[ChunkKey]) -> None:
-        self.holes.update(dict.fromkeys(dropped))
+    def _remember(self, keys: Sequence[ChunkKey]) -> None:
+        self.holes.update(dict.fromkeys(keys))
         while len(self.holes) > MAX_HOLES:
             del self.holes[next(iter(self.holes))]
 
@@ -118,18 +111,18 @@ class WriteBehind:
             first = self._jobs.popleft()
             chunks = [] if first.chunk is None else [first.chunk]
             nbytes = sum(chunk.nbytes for chunk in chunks)
-            while chunks and self._jobs and self._jobs[0].chain is first.chain:
+            while chunks and self._jobs and self._jobs[0].keys is first.keys:
                 following = self._jobs[0].chunk
                 if following is None or nbytes + following.nbytes > BATCH_BYTES:
                     break
                 self._jobs.popleft()
                 chunks.append(following)
                 nbytes += following.nbytes
-        return chunks, first.chain[: chunks[-1].index + 1] if chunks else first.chain
+        return chunks, first.keys[: chunks[-1].index + 1] if chunks else first.keys
 
     def _store(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> None:
         with self._changed:
-            hole = self._has_hole(chunks, chain)
+            hole = bool(chunks) and self._behind_hole(chain[: chunks[0].index])
         stored = 0
         if hole:
             self._drop([chunk.key for chunk in chunks], "hole")

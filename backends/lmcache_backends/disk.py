@@ -21,10 +21,7 @@ import secrets
 import stat
 import struct
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 
 from lmcache_core import (
@@ -37,10 +34,8 @@ from lmcache_core import (
     StorageBackend,
     StorageError,
     Stored,
-    Workers,
 )
 
-_READERS = 4
 _IOV_MAX = 1024
 _STALE_SECONDS = 300.0
 _SLACK = 20
@@ -79,7 +74,6 @@ class DiskBackend(StorageBackend):
                 _write_usage(usage, self._reserved() + sum(size for _, size, _ in self._files()))
         except OSError as error:
             raise ConfigError(f"path: {self._root} cannot be used: {error.strerror}") from error
-        self._readers = Workers("lmcache-disk", _READERS)
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         present = [os.access(self._path(key), os.F_OK) for key in keys]
@@ -90,17 +84,11 @@ class DiskBackend(StorageBackend):
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
     ) -> Iterator[tuple[int, Parts]]:
-        waiting: deque[tuple[int, Future[Parts | None]]] = deque()
-        try:
-            for i, key in enumerate(keys):
-                waiting.append((i, self._readers.submit(partial(self._read, key, allocate))))
-                if len(waiting) >= _READERS:
-                    yield from _arrived(waiting, timeout)
-            while waiting:
-                yield from _arrived(waiting, timeout)
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        for i, key in enumerate(keys):
+            parts = self._read(key, allocate)
+            if parts is not None:
+                yield i, parts
+            del parts
 
     def put(
         self,
@@ -134,9 +122,6 @@ class DiskBackend(StorageBackend):
     def ping(self, timeout: float) -> None:
         if not os.path.isdir(self._chunks):
             raise StorageError(f"{self._chunks} is gone")
-
-    def close(self) -> None:
-        self._readers.close()
 
     def _path(self, key: ChunkKey) -> str:
         text = str(key)
@@ -299,16 +284,6 @@ def _unlink(path: str) -> int:
     except OSError:
         return 0
     return nbytes
-
-
-def _arrived(
-    waiting: deque[tuple[int, Future[Parts | None]]], timeout: float
-) -> Iterator[tuple[int, Parts]]:
-    i, future = waiting.popleft()
-    parts = future.result(timeout)
-    del future
-    if parts is not None:
-        yield i, parts
 
 
 def _entries(directory: str) -> list[os.DirEntry[str]]:

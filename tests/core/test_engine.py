@@ -72,7 +72,9 @@ def chunk_file(path: Path, key: ChunkKey) -> Path:
 # The main job
 
 
-def test_what_was_stored_comes_back(namespace: Namespace, gather: Gather, is_right: IsRight) -> None:
+def test_what_was_stored_comes_back(
+    namespace: Namespace, gather: Gather, is_right: IsRight
+) -> None:
     with opened(memory()) as cache:
         keys = sequence(namespace, 5)
         assert cache.store(namespace, keys, gather) == 5
@@ -189,7 +191,9 @@ def test_loads_and_stores_from_several_threads(
             assert loaded(cache, keys, is_right) == 8
 
 
-def test_memory_adopts_what_was_gathered_and_hands_it_out(namespace: Namespace, gather: Gather) -> None:
+def test_memory_adopts_what_was_gathered_and_hands_it_out(
+    namespace: Namespace, gather: Gather
+) -> None:
     """Not one byte of KV is copied between the engine's gather and the engine's scatter."""
     gathered: dict[str, int] = {}
 
@@ -427,7 +431,8 @@ def test_a_failing_write_does_not_stop_reads(
         for first in range(1, 9):
             cache.store(namespace, sequence(namespace, 2, first), gather)
             cache.flush()
-        assert dropped(cache)["error"] >= 6
+        assert dropped(cache)["error"] >= 3
+        assert sum(dropped(cache).values()) == 16
         assert cache.stats()["tier_open", "writes", "disk"] >= 1
         assert loaded(cache, keys, is_right) == 4
 

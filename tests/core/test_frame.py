@@ -134,7 +134,7 @@ def test_no_mutated_frame_ever_decodes(namespace: Namespace) -> None:
         assert accepted == 0
 
 
-def _mutants(data: bytes, other: bytes, random: np.random.Generator, count: int):  # noqa: ANN202
+def _mutants(data: bytes, other: bytes, random: np.random.Generator, count: int):
     """Frames that differ from `data` in one place or more."""
     size = len(data)
     kinds = random.integers(0, 8, count).tolist()

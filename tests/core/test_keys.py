@@ -41,7 +41,9 @@ def test_one_key_for_each_full_chunk(ids: list[int], chunk_size: int) -> None:
 
 
 @given(token_ids, st.data())
-def test_a_changed_token_changes_its_chunk_and_all_that_follow(ids: list[int], data: st.DataObject) -> None:
+def test_a_changed_token_changes_its_chunk_and_all_that_follow(
+    ids: list[int], data: st.DataObject
+) -> None:
     position = data.draw(st.integers(0, len(ids) - 1))
     other = data.draw(st.integers(0, 2**32 - 1).filter(lambda token: token != ids[position]))
     changed = [*ids[:position], other, *ids[position + 1 :]]
@@ -66,7 +68,15 @@ def test_lists_arrays_and_tensors_of_any_integer_type_agree(ids: list[int]) -> N
 
 @pytest.mark.parametrize(
     "wrong",
-    [[-1] * 4, [2**32] * 4, [1.5] * 4, ["a"] * 4, np.zeros((2, 2), int), np.zeros(4), torch.zeros(4)],
+    [
+        [-1] * 4,
+        [2**32] * 4,
+        [1.5] * 4,
+        ["a"] * 4,
+        np.zeros((2, 2), int),
+        np.zeros(4),
+        torch.zeros(4),
+    ],
 )
 def test_what_is_no_token_sequence_is_refused(wrong: object) -> None:
     with pytest.raises(ValueError, match="token ids"):

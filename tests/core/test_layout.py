@@ -40,7 +40,14 @@ def test_an_mla_layout_may_have_no_values() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"kv_heads": 0}, {"dtype": "float12"}, {"kind": "x"}, {"layers": ()}, {"key_dim": 1.5}, {"x": 1}],
+    [
+        {"kv_heads": 0},
+        {"dtype": "float12"},
+        {"kind": "x"},
+        {"layers": ()},
+        {"key_dim": 1.5},
+        {"x": 1},
+    ],
 )
 def test_impossible_groups_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
@@ -52,7 +59,10 @@ def test_a_layer_stands_in_one_group_only() -> None:
         KVLayout(groups=(group(), group()))
 
 
-@given(st.integers(1, 9), st.lists(st.sampled_from(["float32", "bfloat16", "int8"]), min_size=1, max_size=4))
+@given(
+    st.integers(1, 9),
+    st.lists(st.sampled_from(["float32", "bfloat16", "int8"]), min_size=1, max_size=4),
+)
 def test_views_and_bytes_are_inverse_and_copy_nothing(tokens: int, dtypes: list[str]) -> None:
     layout = KVLayout(groups=tuple(group(layers=(n,), dtype=d) for n, d in enumerate(dtypes)))
     buffer = memoryview(bytearray(range(256)) * (layout.bytes_per_token * tokens // 256 + 1))
