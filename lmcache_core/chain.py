@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from lmcache_core.components import component
 from lmcache_core.errors import ConfigError, FrameError
-from lmcache_core.layout import Tensors, TensorSpec
+from lmcache_core.layout import KVLayout, Tensors, TensorSpec
 from lmcache_core.memory import HOST, to_host
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 
@@ -50,6 +50,10 @@ class SerdeChain:
             parts = serde.encode(parts, context)
         return parts
 
+    def fits(self, specs: Sequence[TensorSpec], layout: KVLayout, tokens: int) -> bool:
+        """Whether `specs` can be what a chunk of `tokens` tokens becomes before the middle."""
+        return bool(self.before) or set(specs) == set(layout.tensors(tokens))
+
     def decode(
         self,
         payload: memoryview,
@@ -58,14 +62,15 @@ class SerdeChain:
         context: bytes,
     ) -> Tensors:
         """The chunk's tensors. Raises FrameError for a payload that this chain did not make."""
-        limit = 2 * sum(spec.nbytes for spec in specs) + (1 << 20)  # the middle adds a header
         try:
             for last in reversed(self.after):
+                limit = 2 * sum(spec.nbytes for spec in specs) + (1 << 20)  # the middle's header
                 payload = last.decode(payload, context, HOST.allocate, limit)
             tensors = self.middle.decode(payload, specs)
             for first in reversed(self.before):
                 tensors = first.decode(tensors, info)
-            info.layout.check(tensors, info.tokens)
+            if self.before:  # without such a step the specs are the layout's: `fits` has checked
+                info.layout.check(tensors, info.tokens)
         except Exception as error:  # a payload may be anything, and so may its serde's exception
             raise FrameError(f"payload does not decode: {error!r}") from error
         return tensors

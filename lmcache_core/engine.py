@@ -141,22 +141,23 @@ class CacheEngine:
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
-        took = _Took(self._observers)
+        tally = _Tally(self._observers)
         full: set[int] = set()
+        done = 0
         try:
-            while took.chunks < len(where):
-                for chunk, number in self._stream(keys, where, took.chunks):
-                    took.add(chunk, self._tiers[number].name)
-                    self._spread(chunk, keys, number, full)
+            while done < len(where):
+                for chunk, number in self._stream(keys, where, done):
+                    done += 1
+                    tally.add("loaded", self._tiers[number], chunk)
+                    self._spread(chunk, keys, number, full, tally)
                     yield chunk
                     del chunk
-                if took.chunks < len(where):
-                    where[took.chunks :] = self._find_again(keys, where, took.chunks)
+                if done < len(where):
+                    where[done:] = self._find_again(keys, where, done)
         finally:
-            took.tell()
-            if took.chunks:
-                for tier in self._tiers:
-                    tier.touch(keys[: took.chunks])
+            tally.tell()
+            for tier in self._tiers if done else ():
+                tier.touch(keys[:done])
 
     def _stream(
         self, keys: Sequence[ChunkKey], where: Sequence[int], start: int
@@ -188,7 +189,12 @@ class CacheEngine:
         return [found[0], *(n for n in rest[:end] if n is not None)]
 
     def _spread(
-        self, chunk: Chunk, keys: tuple[ChunkKey, ...], source: int, full: set[int]
+        self,
+        chunk: Chunk,
+        keys: tuple[ChunkKey, ...],
+        source: int,
+        full: set[int],
+        tally: _Tally,
     ) -> None:
         """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
         offer it again to one below that had to drop it."""
@@ -199,6 +205,8 @@ class CacheEngine:
                 if reason:
                     full.add(number)
                     tier.drop([chunk.key], reason)
+                elif tier.in_memory:
+                    tally.add("stored", tier, chunk)
 
     def store(
         self,
@@ -222,6 +230,7 @@ class CacheEngine:
         tokens = self.chunk_size if tokens is None else tokens
         keys = tuple(keys)
         new = self._new(keys, start)
+        tally = _Tally(self._observers)
         taken = [0] * len(self._tiers)
         refused = [""] * len(self._tiers)
         try:
@@ -232,7 +241,10 @@ class CacheEngine:
                 for n, tier in enumerate(self._tiers):
                     refused[n] = refused[n] or tier.store(chunk, keys)
                     taken[n] += not refused[n]
+                    if tier.in_memory and not refused[n]:
+                        tally.add("stored", tier, chunk)
         finally:
+            tally.tell()
             for n, tier in enumerate(self._tiers):
                 if refused[n]:
                     tier.drop([keys[index] for index in new[taken[n] :]], refused[n])
@@ -303,23 +315,21 @@ class _Arrivals:
         self._stream.close()
 
 
-class _Took:
-    """What a load has delivered so far, told to the observers once for each tier."""
+class _Tally:
+    """What a load or store did, told to the observers once for each tier."""
 
     def __init__(self, observers: Observers) -> None:
         self._observers = observers
-        self._by_tier: dict[str, tuple[list[ChunkKey], list[int]]] = {}
-        self.chunks = 0
+        self._counts: dict[tuple[str, str], tuple[list[ChunkKey], list[int]]] = {}
 
-    def add(self, chunk: Chunk, tier: str) -> None:
-        keys, sizes = self._by_tier.setdefault(tier, ([], []))
+    def add(self, event: str, tier: Tier, chunk: Chunk) -> None:
+        keys, sizes = self._counts.setdefault((event, tier.name), ([], []))
         keys.append(chunk.key)
         sizes.append(chunk.nbytes)
-        self.chunks += 1
 
     def tell(self) -> None:
-        for tier, (keys, sizes) in self._by_tier.items():
-            self._observers.tell("loaded", tier=tier, keys=keys, nbytes=sum(sizes))
+        for (event, tier), (keys, sizes) in self._counts.items():
+            self._observers.tell(event, tier=tier, keys=keys, nbytes=sum(sizes))
 
 
 def _gather(namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather) -> Chunk:

@@ -111,7 +111,7 @@ def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
     if head.key != key:
         raise FrameError(f"the frame of {head.key.hex()}", "foreign")
     raw_header = bytes(parts[0][_HEADER : _HEADER + head.length])
-    header = _parse(raw_header)
+    header = _parse(raw_header, head.tokens)
     if header.namespace.digest != key.namespace:
         raise FrameError("namespace document and key differ", "foreign")
     info = ChunkInfo(header.namespace.layout, head.tokens, head.index)
@@ -190,17 +190,20 @@ def _header_bytes(spec: tuple[Step, ...], specs: tuple[TensorSpec, ...], documen
 
 
 @lru_cache(maxsize=256)
-def _parse(header: bytes) -> _Header:
+def _parse(header: bytes, tokens: int) -> _Header:
     try:
         fields = json.loads(header)
         spec = tuple((str(name), str(options)) for name, options in fields["chain"])
         specs = tuple(_spec(*entry) for entry in fields["tensors"])
         document = json.dumps(fields["namespace"], sort_keys=True, separators=(",", ":")).encode()
-        return _Header(SerdeChain.from_spec(spec), specs, Namespace.from_document(document))
+        parsed = _Header(SerdeChain.from_spec(spec), specs, Namespace.from_document(document))
     except ConfigError as error:
         raise FrameError(f"written by a serde that is not here: {error}", "unreadable") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FrameError(f"impossible header: {error!r}") from error
+    if not parsed.chain.fits(specs, parsed.namespace.layout, tokens):
+        raise FrameError("its tensors are not those of its layout")
+    return parsed
 
 
 def _spec(name: object, dtype: object, shape: object) -> TensorSpec:

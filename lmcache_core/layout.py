@@ -167,25 +167,44 @@ def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Te
 
     They keep the buffer alive. Raises LayoutError when the buffer has another size.
     """
-    specs = tuple(specs)
-    needed = sum(spec.nbytes for spec in specs)
+    needed, plan = _plan(tuple(specs))
     if buffer.nbytes != needed:
         raise LayoutError(f"the tensors take {needed} bytes; the buffer has {buffer.nbytes}")
+    if not needed:
+        return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape, *_ in plan}
     # One storage for all, so that `byte_view` knows them as neighbours.
-    whole = torch.from_numpy(np.asarray(_Memory(buffer)))
+    whole = (
+        torch.from_numpy(np.asarray(_Memory(buffer)))
+        if buffer.readonly
+        else torch.frombuffer(buffer, dtype=torch.uint8)
+    )
+    typed: dict[torch.dtype, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
+    for name, dtype, shape, strides, offset in plan:
+        if offset % dtype.itemsize:  # another program's order: torch wants its elements aligned
+            part = whole[offset : offset + math.prod(shape) * dtype.itemsize].clone()
+            tensors[name] = part.view(dtype).view(shape)
+            continue
+        if dtype not in typed:
+            typed[dtype] = whole[: needed - needed % dtype.itemsize].view(dtype)
+        tensors[name] = typed[dtype].as_strided(shape, strides, offset // dtype.itemsize)
+    return tensors
+
+
+_Placed = tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]
+"""Name, dtype, shape, strides in elements, offset in bytes."""
+
+
+@lru_cache(maxsize=256)
+def _plan(specs: tuple[TensorSpec, ...]) -> tuple[int, tuple[_Placed, ...]]:
+    """Bytes in all, and where each tensor lies."""
+    plan: list[_Placed] = []
     offset = 0
     for spec in specs:
-        dtype = DTYPES[spec.dtype]
-        if spec.nbytes == 0:
-            tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
-            continue
-        part = whole[offset : offset + spec.nbytes]
-        if part.data_ptr() % dtype.itemsize or offset % dtype.itemsize:
-            part = part.clone()  # another program's order: torch wants its elements aligned
-        tensors[spec.name] = part.view(dtype).view(spec.shape)
+        strides = tuple(math.prod(spec.shape[n + 1 :]) for n in range(len(spec.shape)))
+        plan.append((spec.name, DTYPES[spec.dtype], spec.shape, strides, offset))
         offset += spec.nbytes
-    return tensors
+    return offset, tuple(plan)
 
 
 class _Memory:

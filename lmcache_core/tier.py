@@ -212,7 +212,7 @@ class Tier:
     def store(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
         """Store a chunk of the sequence `keys`, now or soon; returns "" or why it was refused.
 
-        What is refused at once is the caller's to count, by `drop`.
+        The caller counts what is refused (by `drop`) and what memory has stored at once.
         """
         if not self.in_memory:
             return self._writer.add(chunk, keys)
@@ -224,10 +224,7 @@ class Tier:
         except Exception as error:
             return self._failed(self._writes, "store", error)
         self._writes.succeeded()
-        if not stored:
-            return "full"
-        self._observers.tell("stored", tier=self.name, keys=[chunk.key], nbytes=chunk.nbytes)
-        return ""
+        return "" if stored else "full"
 
     def drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
         """Count chunks that this tier will not have."""
