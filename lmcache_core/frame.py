@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -50,7 +51,8 @@ _MAX_HEADER = 1 << 20
 _SEALED = 1
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Chunk:
     """The KV of `tokens` consecutive tokens. Tensors lie on the host and are read-only."""
 
     key: ChunkKey
@@ -114,11 +116,11 @@ def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
     header = _parse(raw_header, head.tokens)
     if header.namespace.digest != key.namespace:
         raise FrameError("namespace document and key differ", "foreign")
-    info = ChunkInfo(header.namespace.layout, head.tokens, head.index)
-    context = _context(key, head.tokens, head.index, raw_header)
+    info = ChunkInfo(header.namespace.layout, head.tokens, head.place)
+    context = _context(key, head.tokens, head.place, raw_header)
     payload = _join([parts[0][head.start :], *parts[1:]])
     tensors = header.chain.decode(payload, header.specs, info, context)
-    return Chunk(key, header.namespace, head.index, head.tokens, tensors)
+    return Chunk(key, header.namespace, head.place, head.tokens, tensors)
 
 
 class _Head(NamedTuple):
@@ -129,7 +131,7 @@ class _Head(NamedTuple):
     flags: int
     length: int
     tokens: int
-    index: int
+    place: int
     nbytes: int
     zero: int
     key: bytes

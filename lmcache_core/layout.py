@@ -239,5 +239,5 @@ def _run_bytes(run: list[torch.Tensor]) -> memoryview:
         raise LayoutError("tensors to store must be contiguous")
     start = first.data_ptr() - first.untyped_storage().data_ptr()
     length = sum(tensor.nbytes for tensor in run)
-    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())  # type: ignore[call-overload]
-    return memoryview(storage[start : start + length].numpy())
+    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())
+    return storage[start : start + length].numpy().data

@@ -36,7 +36,7 @@ class HostBuffers:
         if nbytes == 0:
             return memoryview(bytearray())
         if torch.cuda.is_available():  # torch pools pinned memory itself
-            return memoryview(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy())
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
         size = _round_up(nbytes)
         pages = self._take(size) or _map(size)
         # A ctypes array is an exporter that can be watched: views hold it, and only it.

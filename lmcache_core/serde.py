@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from lmcache_core.backend import Options
 from lmcache_core.layout import KVLayout, Tensors, TensorSpec
 
 
-class ChunkInfo(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ChunkInfo:
     """What a tensors-to-tensors serde may know of the chunk besides its tensors."""
 
     layout: KVLayout

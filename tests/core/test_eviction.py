@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,7 +47,7 @@ def test_no_chunk_outlives_its_parent(history: list[tuple[int, ...]]) -> None:
     place = {k: n for n, k in enumerate(evicted)}
     for path in history:
         steps = chain(*path)
-        for parent, child in zip(steps, steps[1:], strict=False):
+        for parent, child in itertools.pairwise(steps):
             assert place[child] < place[parent]
 
 

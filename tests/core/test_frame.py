@@ -39,7 +39,12 @@ def encoded(chunk: Chunk, *names: str) -> bytes:
 
 def same(a: Chunk, b: Chunk) -> bool:
     equal = all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
-    return equal and a[:4] == b[:4] and set(a.tensors) == set(b.tensors)
+    fields = ("key", "namespace", "index", "tokens")
+    return (
+        equal
+        and set(a.tensors) == set(b.tensors)
+        and all(getattr(a, name) == getattr(b, name) for name in fields)
+    )
 
 
 @pytest.mark.parametrize("names", CHAINS)
