@@ -1,0 +1,638 @@
+"""Hugging Face Transformers: `attach(model, cache)`, then `model.generate` reuses KV.
+
+A call that can be served looks up its prompt, puts the stored prefix into the DynamicCache that
+`generate` would have made itself, lets it compute the rest and stores what is new, generated
+tokens included. A call that cannot (beams, embeddings, a cache of the caller's ...) runs exactly
+as without us, and one log line says why.
+
+KV is taken at the cache layers, so shapes come from tensors and not from the config. Full layers
+keep every token. Sliding layers forget what leaves their window, so what they are given is noted
+during the call (`_Recorder`), by reference.
+
+Transformers 5.16 to 5.24. The cache argument's name changed within; the signature tells.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import xxhash
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lmcache_core import (
+    CacheEngine,
+    ChunkKey,
+    KVLayout,
+    LayerGroup,
+    Namespace,
+    Tensors,
+    copy_exact,
+    tenant_digest,
+)
+
+log = logging.getLogger("lmcache_core")
+
+_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
+"""Config keys that say nothing of what the KV will be."""
+_ONE_SEQUENCE = {
+    "assistant_model": "assisted generation",
+    "prompt_lookup_num_tokens": "prompt lookup",
+    "assistant_early_exit": "assisted generation",
+    "negative_prompt_ids": "a negative prompt",
+    "custom_generate": "a custom generate",
+    "penalty_alpha": "contrastive search",
+    "dola_layers": "DoLa",
+    "constraints": "constraints",
+    "force_words_ids": "constraints",
+    "token_healing": "token healing",
+    "prefill_chunk_size": "a prefill in chunks",
+}
+"""Arguments of generate, and what they ask for, that are not one forward pass after the other."""
+
+
+class _NotCacheable(Exception):
+    """Why a call runs without us."""
+
+
+def attach(model: PreTrainedModel, cache: CacheEngine, *, tenant: str = "") -> Attached:
+    """Make `model.generate` (and pipelines) reuse KV from `cache`, until `detach`.
+
+    `tenant`: a salt; callers with different salts share nothing. Raises ValueError where the model
+    has a cache already, and ConfigError where a tier cannot hold one chunk of this model's KV.
+    """
+    if isinstance(_owner(model), Attached):
+        raise ValueError("the model is attached already; detach it first")
+    attached = Attached(model, cache, tenant)
+    model.generate = attached._generate
+    return attached
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Give the model its own `generate` back; nothing happens where it has it."""
+    if isinstance(_owner(model), Attached):
+        del model.generate
+
+
+def _owner(model: PreTrainedModel) -> object:
+    return getattr(model.__dict__.get("generate"), "_lmcache", None)
+
+
+class Attached:
+    """A model and its cache. A context manager that detaches at its end."""
+
+    def __init__(self, model: PreTrainedModel, cache: CacheEngine, tenant: str) -> None:
+        self._model, self._cache = model, cache
+        self._tenant = tenant_digest(tenant) if tenant else ""
+        self._own_generate = model.generate
+        self._said: set[str] = set()
+        self._recorders: WeakKeyDictionary[DynamicCache, _Recorder] = WeakKeyDictionary()
+        parameters = inspect.signature(type(model).forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._seen: object = None
+        self._shape: _Shape | None = None
+        try:
+            self._current()
+        except _NotCacheable as reason:
+            self._say(str(reason))
+
+        @functools.wraps(self._own_generate)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            return self._served(args, kwargs)
+
+        generate._lmcache = self  # type: ignore[attr-defined]
+        self._generate = generate
+
+    def detach(self) -> None:
+        """Give the model its own `generate` back."""
+        if _owner(self._model) is self:
+            detach(self._model)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # For those who drive the forward pass themselves
+
+    def load_prefix(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[DynamicCache, int]:
+        """A cache that holds the stored prefix of a prompt, and its length in tokens (columns).
+
+        input_ids: [batch, tokens]. attention_mask: the same shape, zeros for padding on the left.
+        At least one token is left to compute. Without a hit, or where this model's KV cannot be
+        reused, the cache is empty.
+        """
+        try:
+            prompt = self._prompt(input_ids, attention_mask)
+            return prompt.cache, prompt.columns
+        except _NotCacheable as reason:
+            self._say(str(reason))
+            return DynamicCache(config=self._model.config.get_text_config(decoder=True)), 0
+
+    def store(
+        self,
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None = None,
+    ) -> int:
+        """Store the KV that `cache` holds of `input_ids` ([batch, tokens]); returns new chunks.
+
+        Layers with a sliding window can be stored only from a cache that `load_prefix` made.
+        """
+        try:
+            shape = self._current()
+            pads = _pads(input_ids, attention_mask)
+            recorder = self._recorders.get(cache) or _Recorder(cache, shape, 0)
+            length = min(cache.get_seq_length(), input_ids.shape[1])
+            rows = [
+                _Row(
+                    input_ids[n, pad:length].cpu(), pad, recorder.known[n] if recorder.known else 0
+                )
+                for n, pad in enumerate(pads)
+            ]
+            return sum(self._store_row(shape, recorder, n, row) for n, row in enumerate(rows))
+        except _NotCacheable as reason:
+            self._say(str(reason))
+            return 0
+
+    # generate
+
+    def _served(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            call = _Call(self._model, self._own_generate, args, kwargs)
+            prompt = self._prompt(call.input_ids, call.attention_mask, call.repeats)
+        except _NotCacheable as reason:
+            self._say(str(reason))
+            return self._own_generate(*args, **kwargs)
+        except Exception as error:  # a fault of ours must not be the caller's
+            self._say(f"an unexpected {error!r}")
+            return self._own_generate(*args, **kwargs)
+        mask = prompt.mask[:: call.repeats]
+        output = self._own_generate(
+            **{**call.arguments, "attention_mask": mask, self._cache_argument: prompt.cache}
+        )
+        try:
+            self._store_output(prompt, output, call.eos)
+        except Exception as error:
+            self._say(f"what it computed was not stored: {error!r}")
+        return output
+
+    def _say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            name = type(self._model).__name__
+            log.warning("%s generates without cached KV where there is %s", name, reason)
+
+    def _current(self) -> _Shape:
+        """What the model's KV is now. Weights that changed since the last call change it."""
+        seen = _signature(self._model)
+        if seen != self._seen:
+            self._seen, self._shape = seen, None
+            self._shape = _Shape.of(self._model, self._cache, self._cache_argument, self._tenant)
+        if self._shape is None:
+            raise _NotCacheable("a kind of model whose KV cannot be reused")
+        return self._shape
+
+    def _prompt(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, repeats: int = 1
+    ) -> _Prompt:
+        """Load what is stored of each row, as far as all rows of the batch have it."""
+        shape = self._current()
+        if self._model.training:
+            raise _NotCacheable("a model in training mode")
+        if torch.is_autocast_enabled(input_ids.device.type):
+            raise _NotCacheable("autocast")
+        pads = _pads(input_ids, mask)
+        size, width = self._cache.chunk_size, input_ids.shape[1]
+        ids = input_ids.cpu()
+        keys = [
+            self._cache.keys(shape.namespace, ids[n, pad : width - 1]) for n, pad in enumerate(pads)
+        ]
+        hits = [self._cache.lookup(row) for row in keys]
+        columns = min(pad + hit.chunks * size for pad, hit in zip(pads, hits, strict=True))
+        prefix = shape.empty(len(pads) * repeats, columns)
+        known = []
+        for n, (pad, row) in enumerate(zip(pads, keys, strict=True)):
+            wanted = row[: max(0, -(-(columns - pad) // size))]
+            rows = range(n * repeats, (n + 1) * repeats)
+            loaded = self._load_row(shape, prefix, rows, pad, wanted)
+            columns = min(columns, pad + loaded * size)
+            known += [loaded] * repeats
+        columns = 0 if not any(known) else columns
+        cache = shape.cache(self._model, prefix, columns)
+        recorder = _Recorder(cache, shape, columns, known)
+        self._recorders[cache] = recorder
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        return _Prompt(
+            shape, cache, columns, [p for p in pads for _ in range(repeats)], recorder,
+            mask.repeat_interleave(repeats, dim=0),
+        )  # fmt: skip
+
+    def _load_row(
+        self,
+        shape: _Shape,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        rows: range,
+        pad: int,
+        keys: Sequence[ChunkKey],
+    ) -> int:
+        """Copy a row's stored chunks to their columns of `prefix`; returns how many came."""
+        loaded = 0
+        size = self._cache.chunk_size
+        for chunk in self._cache.load(keys) if keys else ():
+            start = pad + chunk.index * size
+            for layer, part, tensor in shape.parts(chunk.tensors):
+                target = prefix[layer][part]
+                length = min(size, target.shape[2] - start)
+                for row in rows:
+                    copy_exact(target[row, :, start : start + length], tensor[:, :length])
+            loaded += 1
+        return loaded
+
+    def _store_output(self, prompt: _Prompt, output: Any, eos: frozenset[int]) -> None:
+        sequences = (output if isinstance(output, torch.Tensor) else output.sequences).cpu()
+        # The last token's KV has not been computed.
+        if prompt.cache.get_seq_length() < sequences.shape[1] - 1:
+            raise RuntimeError("generate did not fill the cache that it was given")
+        width = prompt.mask.shape[1]
+        for n, pad in enumerate(prompt.pads):
+            end = sequences.shape[1] - 1
+            for column in range(width, end):  # what follows a row's end is padding
+                if int(sequences[n, column]) in eos:
+                    end = column + 1
+                    break
+            row = _Row(sequences[n, pad:end], pad, prompt.recorder.known[n])
+            self._store_row(prompt.shape, prompt.recorder, n, row)
+        prompt.recorder.stop()
+
+    def _store_row(self, shape: _Shape, recorder: _Recorder, number: int, row: _Row) -> int:
+        keys = self._cache.keys(shape.namespace, row.tokens)
+        size = self._cache.chunk_size
+
+        def gather(index: int, out: Tensors) -> None:
+            start = row.pad + index * size
+            for layer, part, tensor in shape.parts(out):
+                copy_exact(tensor, recorder.columns(layer, part, number, start, start + size))
+
+        return self._cache.store(shape.namespace, keys, gather, start=row.known)
+
+
+class _Prompt(NamedTuple):
+    """A batch ready for generate: its cache holds the first `columns` columns of every row."""
+
+    shape: _Shape
+    cache: DynamicCache
+    columns: int
+    pads: list[int]
+    recorder: _Recorder
+    mask: torch.Tensor
+
+
+class _Row(NamedTuple):
+    """One sequence whose KV is in a cache from column `pad` on."""
+
+    tokens: torch.Tensor
+    pad: int
+    known: int
+    """Chunks from the root that are stored already."""
+
+
+class _Call:
+    """The arguments of one call of generate, as far as they decide whether it can be served."""
+
+    def __init__(
+        self, model: PreTrainedModel, generate: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        bound = inspect.signature(generate).bind(*args, **kwargs)
+        extra = bound.arguments.pop("kwargs", {})
+        self.arguments: dict[str, Any] = {**bound.arguments, **extra}
+        self._configs = [self.arguments.get("generation_config"), model.generation_config]
+        self._refuse_arguments(inspect.signature(generate).parameters)
+        self._refuse_options()
+        ids = self.arguments.get("inputs")
+        self.input_ids = self.arguments.get("input_ids") if ids is None else ids
+        self._check_ids()
+        self.attention_mask = self.arguments.get("attention_mask")
+        self.repeats = int(self._option("num_return_sequences") or 1)
+        eos = self._option("eos_token_id")
+        self.eos = frozenset(torch.as_tensor([] if eos is None else eos).view(-1).long().tolist())
+        if self.attention_mask is None:
+            self._refuse_pads()
+
+    def _option(self, name: str) -> Any:
+        """An option of generation, from wherever generate would take it."""
+        values = [self.arguments.get(name), *(getattr(c, name, None) for c in self._configs if c)]
+        return next((value for value in values if value is not None), None)
+
+    def _refuse_arguments(self, known: Mapping[str, Any]) -> None:
+        understood = {*known, *_generation_options(), "input_ids", "attention_mask", "tokenizer"}
+        for name in ("cache", "past_key_values"):
+            if self.arguments.get(name) is not None:
+                raise _NotCacheable("a cache of the caller's own")
+        for name, value in self.arguments.items():
+            if value is not None and name not in understood:
+                raise _NotCacheable(f"the argument {name}")
+
+    def _refuse_options(self) -> None:
+        for name, what in _ONE_SEQUENCE.items():
+            if self._option(name) not in (None, False):
+                raise _NotCacheable(what)
+        if (self._option("num_beams") or 1) > 1:
+            raise _NotCacheable("beam search")
+        if self._option("cache_implementation") not in (None, "dynamic"):
+            raise _NotCacheable(f"a {self._option('cache_implementation')} cache")
+        if self._option("use_cache") is False:
+            raise _NotCacheable("use_cache=False")
+
+    def _check_ids(self) -> None:
+        ids = self.input_ids
+        whole = isinstance(ids, torch.Tensor) and ids.dtype in (torch.int64, torch.int32)
+        if not (whole and ids.dim() == 2 and ids.numel()):
+            raise _NotCacheable("a prompt that is not token ids [batch, tokens]")
+
+    def _refuse_pads(self) -> None:
+        """Without a mask generate guesses one from pad tokens; we do not."""
+        pad = self._option("pad_token_id")
+        if pad is not None and int(pad) not in self.eos and bool((self.input_ids == pad).any()):
+            raise _NotCacheable("a pad token in the prompt and no attention_mask")
+
+
+@functools.cache
+def _generation_options() -> frozenset[str]:
+    return frozenset(GenerationConfig().to_dict())
+
+
+def _pads(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    """Columns of padding on the left of each row."""
+    if mask is None:
+        return [0] * input_ids.shape[0]
+    if mask.shape != input_ids.shape:
+        raise _NotCacheable(f"an attention_mask of shape {list(mask.shape)}")
+    there = mask.cpu() != 0
+    pads = (~there).sum(dim=1)
+    left = torch.arange(mask.shape[1])[None] >= pads[:, None]
+    if not torch.equal(there, left) or int(mask.max()) > 1 or int(pads.max()) == mask.shape[1]:
+        raise _NotCacheable("padding that is not on the left")
+    return [int(pad) for pad in pads]
+
+
+class _Recorder:
+    """The KV of a cache by layer and column, including what sliding layers have forgotten."""
+
+    def __init__(
+        self, cache: DynamicCache, shape: _Shape, start: int, known: Sequence[int] = ()
+    ) -> None:
+        """Note what sliding layers are given from column `start` on."""
+        self._layers = list(cache.layers)
+        self._start = start
+        self.known = list(known)
+        self._noted: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        for number in shape.sliding:
+            if cache.get_seq_length() == start:
+                self._note(number)
+
+    def _note(self, number: int) -> None:
+        layer = self._layers[number]
+        noted: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._noted[number] = noted
+        update = layer.update
+
+        def noting(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            noted[0].append(keys)
+            noted[1].append(values)
+            return update(keys, values, *args, **kwargs)
+
+        layer.update = noting
+
+    def stop(self) -> None:
+        """Leave the layers as they were; what was noted stays."""
+        for number in self._noted:
+            self._layers[number].__dict__.pop("update", None)
+
+    def columns(self, number: int, part: int, row: int, start: int, end: int) -> torch.Tensor:
+        """KV of columns `start` to `end` of one row, [kv_heads, end - start, dim].
+
+        part: 0 for keys, 1 for values. Raises _NotCacheable where a layer has forgotten them.
+        """
+        layer = self._layers[number]
+        if number not in self._noted:
+            whole = (layer.keys, layer.values)[part]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                start, end = (n - layer.cumulative_length + whole.shape[2] for n in (start, end))
+            if start < 0:
+                raise _NotCacheable("a sliding window that has moved on (use load_prefix's cache)")
+            return whole[row, :, start:end]
+        start, end = start - self._start, end - self._start
+        pieces = []
+        for piece in self._noted[number][part]:
+            length = piece.shape[2]
+            if start < length and end > 0:
+                pieces.append(piece[row, :, max(start, 0) : end])
+            start, end = start - length, end - length
+        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+
+
+class _Shape(NamedTuple):
+    """What the model's KV is: learned from the cache that one token leaves behind."""
+
+    namespace: Namespace
+    devices: list[torch.device]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, cache: CacheEngine, argument: str, tenant: str) -> _Shape:
+        """Raises _NotCacheable, and ConfigError where a tier cannot hold one chunk."""
+        config = model.config.get_text_config(decoder=True)
+        if model.config.is_encoder_decoder:
+            raise _NotCacheable("an encoder-decoder model")
+        if _rope_types(config) & {"dynamic", "longrope"}:
+            raise _NotCacheable("a position encoding that depends on the prompt's length")
+        layers = _probe(model, argument)
+        layout = KVLayout(groups=_groups(layers, config))
+        namespace = cache.namespace(
+            model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            layout=layout,
+            weights=_fingerprint(model),
+            positions=json.dumps(_positions(config), sort_keys=True, default=str),
+            adapter=_adapters(model),
+            tenant=tenant,
+            extra={
+                "class": type(model).__name__,
+                "attention": str(getattr(config, "_attn_implementation", "")),
+                "config": _digest(config),
+            },
+        )
+        return cls(namespace, [layer.keys.device for layer in layers])
+
+    @property
+    def sliding(self) -> list[int]:
+        """Numbers of the layers with a window."""
+        groups = self.namespace.layout.groups
+        return [layer for group in groups if group.window for layer in group.layers]
+
+    def parts(self, tensors: Tensors) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(layer, 0 for keys or 1 for values, [kv_heads, tokens, dim]) of a chunk's tensors."""
+        for g, group in enumerate(self.namespace.layout.groups):
+            for part, name in enumerate((f"g{g}.k", f"g{g}.v")):
+                if name in tensors:
+                    for layer, tensor in zip(group.layers, tensors[name], strict=True):
+                        yield layer, part, tensor
+
+    def empty(self, rows: int, columns: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Zeros for `columns` columns of each layer: padding that nobody attends to."""
+        pairs: list[Any] = [None] * len(self.devices)
+        for group in self.namespace.layout.groups:
+            dtype = getattr(torch, group.dtype)
+            for layer in group.layers:
+                shape = (rows, group.kv_heads, columns)
+                pairs[layer] = tuple(
+                    torch.zeros(*shape, dim, dtype=dtype, device=self.devices[layer])
+                    for dim in (group.key_dim, group.value_dim)
+                )
+        return pairs
+
+    def cache(
+        self,
+        model: PreTrainedModel,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        columns: int,
+    ) -> DynamicCache:
+        """The cache that generate would have made, filled with the first columns of `prefix`."""
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+        for layer, (keys, values) in zip(cache.layers, prefix, strict=True) if columns else ():
+            layer.lazy_initialization(keys, values)
+            first = 0
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = columns
+                first = max(0, columns - layer.sliding_window + 1)
+            layer.keys = keys[:, :, first:columns]
+            layer.values = values[:, :, first:columns]
+        return cache
+
+
+def _probe(model: PreTrainedModel, argument: str) -> list[DynamicLayer]:
+    """The cache's layers after one token."""
+    config = model.config.get_text_config(decoder=True)
+    training = model.training
+    try:
+        cache = DynamicCache(config=config)
+        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            model.eval()
+            model(input_ids=token, use_cache=True, **{argument: cache})
+    except Exception as error:
+        raise _NotCacheable(f"a model that takes no DynamicCache ({error!r})") from error
+    finally:
+        model.train(training)
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise _NotCacheable(f"a layer that is not indexed by token ({type(layer).__name__})")
+        if not layer.is_initialized or layer.keys.dim() != 4 or layer.keys.shape[2] != 1:
+            raise _NotCacheable("a layer that keeps no KV of its own")
+    if not cache.layers:
+        raise _NotCacheable("a model without KV")
+    return list(cache.layers)
+
+
+def _groups(layers: Sequence[DynamicLayer], config: Any) -> tuple[LayerGroup, ...]:
+    """Layers that keep the same thing, together."""
+    full = "mla" if getattr(config, "kv_lora_rank", None) else "attention"
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for number, layer in enumerate(layers):
+        window = getattr(layer, "sliding_window", None)
+        keys, values = layer.keys, layer.values
+        if keys.dtype != values.dtype or keys.shape[:3] != values.shape[:3]:
+            raise _NotCacheable("keys and values that differ in more than their last dimension")
+        what = (window, keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+        alike.setdefault(what, []).append(number)
+    return tuple(
+        LayerGroup(
+            kind="sliding" if window else full,  # type: ignore[arg-type]
+            layers=tuple(numbers),
+            kv_heads=heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dtype=str(dtype).removeprefix("torch."),
+            window=window,
+        )
+        for (window, heads, key_dim, value_dim, dtype), numbers in alike.items()
+    )
+
+
+def _positions(config: Any) -> dict[str, Any]:
+    """What the config says of positions."""
+    fields = config.to_dict()
+    return {k: v for k, v in fields.items() if "rope" in k or "position" in k or "rotary" in k}
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Every rope_type in the config, whichever way it nests them."""
+    found: set[str] = set()
+    todo: list[Any] = [_positions(config)]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping):
+            found.update(str(v) for k, v in item.items() if k in ("rope_type", "type"))
+            todo += item.values()
+    return found
+
+
+def _digest(config: Any) -> str:
+    fields = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                yield tensor
+
+
+def _signature(model: PreTrainedModel) -> object:
+    """Changes with the weights, without reading them. Raises _NotCacheable for hooks."""
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise _NotCacheable("a forward hook, which may change what the model computes")
+    return (
+        [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)],
+        _adapters(model),
+    )
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """XXH3-128 over all weights and buffers: names, dtypes, shapes and bytes."""
+    state = xxhash.xxh3_128()
+    named = (*model.named_parameters(), *model.named_buffers())
+    try:
+        for name, tensor in named:
+            state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+            flat = tensor.detach().cpu().contiguous().view(-1)
+            state.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise _NotCacheable(f"weights that cannot be read ({error})") from error
+    return state.hexdigest()
+
+
+def _adapters(model: PreTrainedModel) -> str:
+    """Which adapters are active, and how strongly: peft keeps that outside the weights."""
+    if not getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
+        return ""
+    states = [
+        (getattr(m, "active_adapters", None), getattr(m, "disable_adapters", None), m.scaling)
+        for m in model.modules()
+        if hasattr(m, "scaling") and hasattr(m, "active_adapters")
+    ]
+    return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
