@@ -98,7 +98,7 @@ class Attached:
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._seen: object = None
-        self._shape: _Shape | None = None
+        self._shape: _Shape | _NotCacheable = _NotCacheable("a model not looked at yet")
         try:
             self._current()
         except _NotCacheable as reason:
@@ -198,10 +198,15 @@ class Attached:
         """What the model's KV is now. Weights that changed since the last call change it."""
         seen = _signature(self._model)
         if seen != self._seen:
-            self._seen, self._shape = seen, None
-            self._shape = _Shape.of(self._model, self._cache, self._cache_argument, self._tenant)
-        if self._shape is None:
-            raise _NotCacheable("a kind of model whose KV cannot be reused")
+            try:
+                self._shape = _Shape.of(
+                    self._model, self._cache, self._cache_argument, self._tenant
+                )
+            except _NotCacheable as reason:
+                self._shape = reason
+            self._seen = seen
+        if isinstance(self._shape, _NotCacheable):
+            raise _NotCacheable(*self._shape.args)
         return self._shape
 
     def _prompt(
