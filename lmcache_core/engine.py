@@ -40,6 +40,10 @@ class Hit(NamedTuple):
         """Length of that prefix in chunks."""
         return len(self.tiers)
 
+    def first(self, chunks: int) -> Hit:
+        """The hit on the first `chunks` chunks of the sequence."""
+        return Hit(self.keys[:chunks], self.tiers[:chunks])
+
 
 class CacheEngine:
     """Tiers of stored KV, fastest first. Thread-safe; a context manager.

@@ -8,10 +8,12 @@ depends on the accelerator stays in this file.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 
@@ -71,14 +73,21 @@ def _round_up(nbytes: int) -> int:
 
 def _map(size: int) -> mmap.mmap:
     # Private, so that a forked child that writes to a buffer does not write to its parent's.
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 HOST = HostBuffers()
 """The process's pool."""
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised tensor for KV on its way into an engine; on the host, of the pool."""
+    if device.type != "cpu":
+        return torch.empty(*shape, dtype=dtype, device=device)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes == 0:
+        return torch.empty(*shape, dtype=dtype)
+    return torch.frombuffer(HOST.allocate(nbytes), dtype=dtype).view(*shape)
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

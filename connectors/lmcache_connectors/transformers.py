@@ -30,12 +30,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmcache_core import (
     CacheEngine,
-    ChunkKey,
+    Hit,
     KVLayout,
     LayerGroup,
     Namespace,
     Tensors,
     copy_exact,
+    scratch,
     tenant_digest,
 )
 
@@ -57,6 +58,10 @@ _ONE_SEQUENCE = {
     "prefill_chunk_size": "a prefill in chunks",
 }
 """Arguments of generate, and what they ask for, that are not one forward pass after the other."""
+
+
+_Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values, [batch, kv_heads, columns, dim]."""
 
 
 class _NotCacheable(Exception):
@@ -178,10 +183,8 @@ class Attached:
         except Exception as error:  # a fault of ours must not be the caller's
             self._say(f"an unexpected {error!r}")
             return self._own_generate(*args, **kwargs)
-        mask = prompt.mask[:: call.repeats]
-        output = self._own_generate(
-            **{**call.arguments, "attention_mask": mask, self._cache_argument: prompt.cache}
-        )
+        cache = {"attention_mask": prompt.mask, self._cache_argument: prompt.cache}
+        output = self._own_generate(**{**call.arguments, **cache})
         try:
             self._store_output(prompt, output, call.eos)
         except Exception as error:
@@ -221,49 +224,43 @@ class Attached:
         pads = _pads(input_ids, mask)
         size, width = self._cache.chunk_size, input_ids.shape[1]
         ids = input_ids.cpu()
-        keys = [
-            self._cache.keys(shape.namespace, ids[n, pad : width - 1]) for n, pad in enumerate(pads)
+        hits = [
+            self._cache.lookup(self._cache.keys(shape.namespace, ids[n, pad : width - 1]))
+            for n, pad in enumerate(pads)
         ]
-        hits = [self._cache.lookup(row) for row in keys]
         columns = min(pad + hit.chunks * size for pad, hit in zip(pads, hits, strict=True))
-        prefix = shape.empty(len(pads) * repeats, columns)
-        known = []
-        for n, (pad, row) in enumerate(zip(pads, keys, strict=True)):
-            wanted = row[: max(0, -(-(columns - pad) // size))]
-            rows = range(n * repeats, (n + 1) * repeats)
-            loaded = self._load_row(shape, prefix, rows, pad, wanted)
+        prefix = shape.empty(len(pads) * repeats, width if columns else 0)
+        known: list[int] = []
+        for pad, hit in zip(pads, hits, strict=True):
+            rows = slice(len(known), len(known) + repeats)
+            wanted = max(0, -(-(columns - pad) // size))
+            loaded = self._load_row(shape, prefix, rows, pad, hit.first(wanted))
             columns = min(columns, pad + loaded * size)
             known += [loaded] * repeats
-        columns = 0 if not any(known) else columns
-        cache = shape.cache(self._model, prefix, columns)
-        recorder = _Recorder(cache, shape, columns, known)
-        self._recorders[cache] = recorder
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        return _Prompt(
-            shape, cache, columns, [p for p in pads for _ in range(repeats)], recorder,
-            mask.repeat_interleave(repeats, dim=0),
-        )  # fmt: skip
+        columns = columns if any(known) else 0
+        cache = _filled(self._model, prefix, columns)
+        self._recorders[cache] = recorder = _Recorder(cache, shape, columns, known)
+        all_pads = [pad for pad in pads for _ in range(repeats)]
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        return _Prompt(shape, cache, columns, all_pads, recorder, mask)
 
     def _load_row(
-        self,
-        shape: _Shape,
-        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        rows: range,
-        pad: int,
-        keys: Sequence[ChunkKey],
+        self, shape: _Shape, prefix: Sequence[_Pair], rows: slice, pad: int, hit: Hit
     ) -> int:
         """Copy a row's stored chunks to their columns of `prefix`; returns how many came."""
         loaded = 0
         size = self._cache.chunk_size
-        for chunk in self._cache.load(keys) if keys else ():
+        for chunk in self._cache.load(hit):
             start = pad + chunk.index * size
             for layer, part, tensor in shape.parts(chunk.tensors):
-                target = prefix[layer][part]
-                length = min(size, target.shape[2] - start)
-                for row in rows:
-                    copy_exact(target[row, :, start : start + length], tensor[:, :length])
+                target = prefix[layer][part][rows, :, start : start + size]
+                whole = tensor.expand(target.shape[0], *tensor.shape)
+                copy_exact(target, whole[:, :, : target.shape[2]])
             loaded += 1
+        if pad:
+            for pair in prefix:
+                for tensor in pair:
+                    tensor[rows, :, :pad] = 0  # nobody attends to padding; NaN would still spread
         return loaded
 
     def _store_output(self, prompt: _Prompt, output: Any, eos: frozenset[int]) -> None:
@@ -494,36 +491,54 @@ class _Shape(NamedTuple):
                     for layer, tensor in zip(group.layers, tensors[name], strict=True):
                         yield layer, part, tensor
 
-    def empty(self, rows: int, columns: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Zeros for `columns` columns of each layer: padding that nobody attends to."""
-        pairs: list[Any] = [None] * len(self.devices)
+    def empty(self, rows: int, columns: int) -> list[_Pair]:
+        """Uninitialised keys and values of each layer, those of a device in one allocation."""
+        parts: list[list[torch.Tensor]] = [[] for _ in self.devices]
         for group in self.namespace.layout.groups:
             dtype = getattr(torch, group.dtype)
-            for layer in group.layers:
-                shape = (rows, group.kv_heads, columns)
-                pairs[layer] = tuple(
-                    torch.zeros(*shape, dim, dtype=dtype, device=self.devices[layer])
-                    for dim in (group.key_dim, group.value_dim)
-                )
-        return pairs
+            for device in dict.fromkeys(self.devices[layer] for layer in group.layers):
+                layers = [layer for layer in group.layers if self.devices[layer] == device]
+                for dim in (group.key_dim, group.value_dim):
+                    shape = (len(layers), rows, group.kv_heads, columns, dim)
+                    for layer, tensor in zip(layers, scratch(shape, dtype, device), strict=True):
+                        parts[layer].append(tensor)
+        return [(keys, values) for keys, values in parts]
 
-    def cache(
-        self,
-        model: PreTrainedModel,
-        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        columns: int,
-    ) -> DynamicCache:
-        """The cache that generate would have made, filled with the first columns of `prefix`."""
-        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        for layer, (keys, values) in zip(cache.layers, prefix, strict=True) if columns else ():
-            layer.lazy_initialization(keys, values)
-            first = 0
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length = columns
-                first = max(0, columns - layer.sliding_window + 1)
-            layer.keys = keys[:, :, first:columns]
-            layer.values = values[:, :, first:columns]
-        return cache
+
+def _filled(model: PreTrainedModel, prefix: Sequence[_Pair], columns: int) -> DynamicCache:
+    """The cache that generate would have made, holding the first `columns` columns of `prefix`."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for layer, (keys, values) in zip(cache.layers, prefix, strict=True) if columns else ():
+        layer.lazy_initialization(keys, values)
+        first = 0
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = columns
+            first = max(0, columns - layer.sliding_window + 1)
+        else:
+            _append_once(layer, keys, values, columns)
+        layer.keys = keys[:, :, first:columns]
+        layer.values = values[:, :, first:columns]
+    return cache
+
+
+def _append_once(
+    layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, columns: int
+) -> None:
+    """Let the first update of a layer write behind its prefix, where there is room for exactly
+    that, instead of copying both into fresh memory."""
+
+    def update(new_keys: torch.Tensor, new_values: torch.Tensor, *_: Any, **__: Any) -> Any:
+        del layer.update
+        here = layer.keys.data_ptr() == keys.data_ptr() and layer.keys.shape[2] == columns
+        if not here or columns + new_keys.shape[2] > keys.shape[2]:
+            return layer.update(new_keys, new_values)
+        end = columns + new_keys.shape[2]
+        keys[:, :, columns:end] = new_keys
+        values[:, :, columns:end] = new_values
+        layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
+        return layer.keys, layer.values
+
+    layer.update = update
 
 
 def _probe(model: PreTrainedModel, argument: str) -> list[DynamicLayer]:
