@@ -61,7 +61,11 @@ def alternate(
     """Medians of both, and the median of their ratios: noise hits both of a round alike."""
     limit()
     ours()
-    pairs = [(timed(limit), timed(ours)) for _ in range(rounds)]
+    return medians([(timed(limit), timed(ours)) for _ in range(rounds)])
+
+
+def medians(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
+    """Of the limit's seconds, of ours, and of their ratios."""
     return (
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
@@ -122,32 +126,21 @@ def bench_local_cpu(chunks: int, rounds: int, table: Table) -> None:
 def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
     """Store and load against bare files."""
     source = Memory(chunks)
-    files = [folder / "bare" / str(index) for index in range(chunks)]
-    files[0].parent.mkdir()
-    buffers = [memoryview(row.numpy()) for row in source.bytes]
-    landing = [memoryview(bytearray(CHUNK)) for _ in range(4)]
-    config = {"backend": "disk", "path": str(folder / "ours"), "capacity": "1TiB", "deadline": 60}
-    with lmcache_core.open({"tiers": [{**config, "queue": "1TiB"}]}) as cache:
+    bare = BareFiles(folder / "bare", source)
+    config = {
+        "backend": "disk",
+        "path": str(folder / "ours"),
+        "capacity": "1TiB",
+        "deadline": "60s",
+        "queue": "1TiB",
+    }
+    with lmcache_core.open({"tiers": [config]}) as cache:
         namespace = cache.namespace(model="bench", layout=LAYOUT)
         keys = cache.keys(namespace, list(range(chunks * TOKENS)))
-        backend = cache._tiers[0]._backend
-
-        def write() -> None:
-            for file, buffer in zip(files, buffers, strict=True):
-                write_file(file, buffer)
 
         def store() -> None:
             cache.store(namespace, keys, source.gather)
             cache.flush()
-
-        def remove() -> None:
-            backend.delete(keys, 10.0)
-            for file in files:
-                file.unlink(missing_ok=True)
-
-        def read() -> None:
-            for number, file in enumerate(files):
-                read_file(file, landing[number % len(landing)])
 
         def load() -> None:
             count = sum(1 for _ in cache.load(keys))
@@ -155,37 +148,48 @@ def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
                 raise SystemExit(f"loaded {count} of {chunks} chunks")
 
         pairs = []
-        for _ in range(rounds):
-            remove()
-            pairs.append((timed(write), timed(store)))
-        medians = (
-            statistics.median(a for a, _ in pairs),
-            statistics.median(b for _, b in pairs),
-            statistics.median(a / b for a, b in pairs),
-        )
-        add(table, "disk store", "pwritev", chunks, medians)
-        add(table, "disk load", "preadv", chunks, alternate(read, load, rounds))
+        for _ in range(rounds + 1):
+            cache._tiers[0]._backend.delete(keys, 10.0)
+            bare.remove()
+            pairs.append((timed(bare.write), timed(store)))
+        add(table, "disk store", "pwritev", chunks, medians(pairs[1:]))
+        add(table, "disk load", "preadv", chunks, alternate(bare.read, load, rounds))
 
 
-def write_file(file: Path, buffer: memoryview) -> None:
-    """The least that a whole-or-nothing file takes."""
-    tmp = f"{file}.tmp"
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT, 0o600)
-    done = 0
-    while done < buffer.nbytes:
-        done += os.pwritev(fd, [buffer[done:]], done)
-    os.close(fd)
-    os.rename(tmp, file)
+class BareFiles:
+    """The least that whole-or-nothing files take, one a chunk."""
 
+    def __init__(self, folder: Path, source: Memory) -> None:
+        folder.mkdir()
+        self._files = [str(folder / str(index)) for index in range(len(source.bytes))]
+        self._sources = [memoryview(row.numpy()) for row in source.bytes]
+        self._targets = [memoryview(bytearray(CHUNK)) for _ in range(4)]
 
-def read_file(file: Path, buffer: memoryview) -> None:
-    """The least that reading a file into a buffer takes."""
-    fd = os.open(file, os.O_RDONLY)
-    os.fstat(fd)
-    done = 0
-    while done < buffer.nbytes:
-        done += os.preadv(fd, [buffer[done:]], done)
-    os.close(fd)
+    def remove(self) -> None:
+        """So that the next write makes new files."""
+        for file in self._files:
+            Path(file).unlink(missing_ok=True)
+
+    def write(self) -> None:
+        """Create, write, rename."""
+        for file, buffer in zip(self._files, self._sources, strict=True):
+            fd = os.open(f"{file}.tmp", os.O_WRONLY | os.O_CREAT, 0o600)
+            done = 0
+            while done < buffer.nbytes:
+                done += os.pwritev(fd, [buffer[done:]], done)
+            os.close(fd)
+            os.rename(f"{file}.tmp", file)
+
+    def read(self) -> None:
+        """Open, ask for the size, read into memory in use."""
+        for number, file in enumerate(self._files):
+            buffer = self._targets[number % len(self._targets)]
+            fd = os.open(file, os.O_RDONLY)
+            os.fstat(fd)
+            done = 0
+            while done < buffer.nbytes:
+                done += os.preadv(fd, [buffer[done:]], done)
+            os.close(fd)
 
 
 def bench_lookup(rounds: int, folder: Path) -> Table:

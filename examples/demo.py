@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmcache_connectors.transformers import attach
 from rich.console import Console
 from rich.table import Table
 from smollm2 import document, load
 from transformers.generation.streamers import BaseStreamer
 
 import lmcache_core
+from lmcache_connectors.transformers import attach
 
 TOKENS = 4000
 ANSWER_TOKENS = 40

@@ -1,0 +1,420 @@
+"""BackendConformance: everything that a StorageBackend promises."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar, Protocol, TypeVar
+
+import pytest
+
+from lmcache_core.backend import Parts, StorageBackend
+from lmcache_core.keys import ChunkKey
+from lmcache_core.testing.leaks import no_leaks
+
+SMALL = 64 * 1024
+"""Capacity, in bytes, of what the `open_small` fixture opens."""
+TIMEOUT = 20.0
+
+Open = Callable[[], StorageBackend]
+T = TypeVar("T")
+
+
+class RawAccess(Protocol):
+    """The store without the backend: a dict, a directory, a bare client.
+
+    What the backend writes is read through this, and what it reads was written through this, so
+    that two mistakes that cancel each other are seen.
+    """
+
+    def read(self, key: ChunkKey) -> bytes | None:
+        """The value as it lies in the store, or None."""
+
+    def write(self, key: ChunkKey, value: bytes) -> None:
+        """Put a value there, however damaged."""
+
+    def keys(self) -> set[ChunkKey]:
+        """Every key that is there."""
+
+
+def _needs(ability: str) -> Callable[[T], T]:
+    """Mark a test that only a store with this ability has to pass."""
+
+    def mark(test: T) -> T:
+        test._needs = ability  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+class BackendConformance:
+    """Subclass it, name it Test..., and define the fixtures below.
+
+    open_backend: a callable that opens the store and can be called again, for the same store.
+        Where `shared`, it must be picklable (functools.partial of your class and its options).
+    raw: a RawAccess to the same store, valid while a backend is open.
+    open_small: the same as open_backend for a store of SMALL bytes; only where `bounded`.
+    """
+
+    persistent: ClassVar[bool] = False
+    """Values survive close()."""
+    shared: ClassVar[bool] = False
+    """Several backends, also in other processes, see one store."""
+    bounded: ClassVar[bool] = False
+    """The store keeps to a capacity by evicting."""
+
+    def __init_subclass__(cls) -> None:
+        """Take out the tests of abilities that the store does not claim."""
+        super().__init_subclass__()
+        for name, test in vars(BackendConformance).items():
+            ability = getattr(test, "_needs", None)
+            if ability and not getattr(cls, ability):
+                setattr(cls, name, None)
+
+    @pytest.fixture
+    def open_backend(self) -> Open:
+        raise NotImplementedError("define the fixture open_backend")
+
+    @pytest.fixture
+    def raw(self) -> RawAccess:
+        raise NotImplementedError("define the fixture raw")
+
+    @pytest.fixture
+    def open_small(self) -> Open:
+        raise NotImplementedError("define the fixture open_small, or set bounded = False")
+
+    @pytest.fixture
+    def backend(self, open_backend: Open) -> Iterator[StorageBackend]:
+        with no_leaks():
+            backend = open_backend()
+            yield backend
+            backend.close()
+
+    # One value
+
+    @pytest.mark.parametrize("nbytes", [0, 1, 79, 4096, 65537, 3 << 20])
+    def test_a_value_comes_back_whole(
+        self, backend: StorageBackend, raw: RawAccess, nbytes: int
+    ) -> None:
+        key, value = _key(1), _value(1, nbytes)
+        assert _put(backend, {key: value}) == 1
+        assert raw.read(key) == value
+        assert _get(backend, [key]) == {0: value}
+        assert backend.contains([key], TIMEOUT) == [True]
+
+    def test_a_large_value(self, backend: StorageBackend, raw: RawAccess) -> None:
+        key, value = _key(1), _value(1, 48 << 20)
+        assert _put(backend, {key: value}) == 1
+        assert raw.read(key) == value
+        assert _get(backend, [key]) == {0: value}
+
+    def test_parts_are_joined_in_order_and_empty_ones_are_fine(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        key, value = _key(1), _value(1, 5000)
+        parts = [memoryview(value[i : i + 2]) for i in range(0, 5000, 2)]  # more than IOV_MAX
+        parts = [memoryview(b""), *parts[:9], memoryview(b""), *parts[9:], memoryview(b"")]
+        assert backend.put([(key, parts)], [key], TIMEOUT) == 1
+        assert raw.read(key) == value
+        assert _get(backend, [key]) == {0: value}
+
+    def test_what_is_in_the_store_already_is_found(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        key, value = _key(1), _value(1, 5000)
+        raw.write(key, value)
+        assert backend.contains([key], TIMEOUT) == [True]
+        assert _get(backend, [key]) == {0: value}
+
+    def test_a_value_that_is_there_is_not_written_again(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        key = _key(1)
+        raw.write(key, b"first")
+        assert _put(backend, {key: b"second"}) == 1
+        assert raw.read(key) == b"first"
+
+    def test_reading_lands_in_the_callers_buffer_or_in_memory_that_stays(
+        self, backend: StorageBackend
+    ) -> None:
+        keys = [_key(n) for n in range(8)]
+        _put(backend, {key: _value(n, 5000) for n, key in enumerate(keys)})
+        held = dict(backend.get(keys, _allocate, TIMEOUT))
+        backend.delete(keys, TIMEOUT)
+        _put(backend, {_key(n): _value(n, 5000) for n in range(8, 16)})
+        for n in range(8):
+            assert b"".join(held[n]) == _value(n, 5000)
+
+    # Batches
+
+    def test_absent_keys_are_left_out(self, backend: StorageBackend) -> None:
+        here, gone = _key(1), _key(2)
+        _put(backend, {here: b"x"})
+        assert backend.contains([gone, here, gone], TIMEOUT) == [False, True, False]
+        assert _get(backend, [gone, here, gone]) == {1: b"x"}
+
+    def test_a_batch_may_be_empty(self, backend: StorageBackend) -> None:
+        assert backend.contains([], TIMEOUT) == []
+        assert _get(backend, []) == {}
+        assert backend.put([], [], TIMEOUT) == 0
+        backend.delete([], TIMEOUT)
+        backend.touch([], TIMEOUT)
+
+    def test_a_batch_may_name_a_key_twice(self, backend: StorageBackend) -> None:
+        key = _key(1)
+        assert _put(backend, {key: b"x"}) == 1
+        assert backend.contains([key, key], TIMEOUT) == [True, True]
+        assert _get(backend, [key, key]) == {0: b"x", 1: b"x"}
+
+    def test_many_at_once(self, backend: StorageBackend, raw: RawAccess) -> None:
+        values = {_key(n): _value(n, 300 + n) for n in range(300)}
+        assert _put(backend, values) == 300
+        assert raw.keys() == set(values)
+        keys = list(values)
+        assert all(backend.contains(keys, TIMEOUT))
+        assert _get(backend, keys) == {n: values[key] for n, key in enumerate(keys)}
+
+    def test_delete_removes_what_it_names_and_nothing_else(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        keys = [_key(n) for n in range(4)]
+        _put(backend, dict.fromkeys(keys, b"x"))
+        backend.delete([keys[1], keys[3], _key(9)], TIMEOUT)
+        assert raw.keys() == {keys[0], keys[2]}
+        assert backend.contains(keys, TIMEOUT) == [True, False, True, False]
+
+    def test_scan_tells_every_key_and_its_size(self, backend: StorageBackend) -> None:
+        values = {_key(n): _value(n, 100 * n) for n in range(1, 20)}
+        assert list(backend.scan()) == []
+        _put(backend, values)
+        found = {stored.key: stored.nbytes for stored in backend.scan()}
+        assert found == {key: len(value) for key, value in values.items()}
+
+    def test_touch_and_ping_are_harmless(self, backend: StorageBackend) -> None:
+        keys = [_key(n) for n in range(3)]
+        _put(backend, dict.fromkeys(keys, b"x"))
+        backend.touch([*keys, _key(9)], TIMEOUT)
+        backend.ping(TIMEOUT)
+        assert all(backend.contains(keys, TIMEOUT))
+
+    # What may go wrong
+
+    def test_a_put_that_fails_leaves_nothing_or_the_old_value(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        """Here the buffer that is to be written turns out to be gone."""
+        fresh, old = _key(1), _key(2)
+        raw.write(old, b"old")
+        broken = memoryview(bytearray(b"x" * 100))
+        broken.release()
+        for key in (fresh, old):
+            try:
+                stored = backend.put([(key, [memoryview(b"start"), broken])], [key], TIMEOUT)
+            except Exception:
+                stored = 0
+            assert stored == 0 or key == old
+        assert raw.read(old) == b"old"
+        assert raw.read(fresh) is None
+        assert backend.contains([fresh, old], TIMEOUT) == [False, True]
+        assert _put(backend, {fresh: b"new"}) == 1
+        assert raw.read(fresh) == b"new"
+
+    @pytest.mark.parametrize("damage", [b"", b"x", b"y" * 5000])
+    def test_a_damaged_value_is_handed_on_or_left_out_and_stays_alone(
+        self, backend: StorageBackend, raw: RawAccess, damage: bytes
+    ) -> None:
+        """Checking a frame is the tier's affair. Mixing it up with a neighbour's is a fault."""
+        keys = [_key(n) for n in range(5)]
+        values = [_value(n, 3000) for n in range(5)]
+        _put(backend, dict(zip(keys, values, strict=True)))
+        backend.delete([keys[2]], TIMEOUT)
+        raw.write(keys[2], damage)
+        got = _get(backend, keys)
+        assert got.pop(2, b"") in (damage, b"")
+        assert got == {n: value for n, value in enumerate(values) if n != 2}
+
+    def test_a_load_that_is_given_up_leaves_nothing_behind(self, backend: StorageBackend) -> None:
+        keys = [_key(n) for n in range(50)]
+        _put(backend, {key: _value(n, 3000) for n, key in enumerate(keys)})
+        for _ in range(20):
+            next(iter(backend.get(keys, _allocate, TIMEOUT)))
+        assert _get(backend, keys[:1]) == {0: _value(0, 3000)}
+
+    def test_threads_may_do_everything_at_once(self, backend: StorageBackend) -> None:
+        """Every value that is read is whole and belongs to its key."""
+        keys = [_key(n) for n in range(24)]
+        values = [_value(n, 500 + 37 * n) for n in range(24)]
+        wrong: list[int] = []
+
+        def work(seed: int) -> None:
+            chance = random.Random(seed)
+            for _ in range(60):
+                picked = chance.sample(range(24), 6)
+                batch = [keys[n] for n in picked]
+                match chance.randrange(4):
+                    case 0:
+                        _put(backend, {keys[n]: values[n] for n in picked})
+                    case 1:
+                        backend.delete(batch[:2], TIMEOUT)
+                    case _:
+                        got = _get(backend, batch)
+                        wrong.extend(n for n, v in got.items() if v != values[picked[n]])
+                        backend.contains(batch, TIMEOUT)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+        assert wrong == []
+        assert _put(backend, dict(zip(keys, values, strict=True))) == 24
+        assert len(_get(backend, keys)) == 24
+
+    # Closing and sharing
+
+    def test_opening_and_closing_leaves_nothing_behind(self, open_backend: Open) -> None:
+        with no_leaks():
+            for _ in range(5):
+                open_backend().close()
+
+    @_needs("persistent")
+    def test_values_survive_a_reopening(self, open_backend: Open) -> None:
+        values = {_key(n): _value(n, 3000) for n in range(9)}
+        first = open_backend()
+        _put(first, values)
+        first.close()
+        again = open_backend()
+        assert _get(again, list(values)) == dict(enumerate(values.values()))
+        again.close()
+
+    @_needs("shared")
+    def test_two_backends_see_each_others_values_at_once(self, open_backend: Open) -> None:
+        one, two = open_backend(), open_backend()
+        for n in range(10):
+            _put(one, {_key(n): _value(n, 3000)})
+            assert _get(two, [_key(n)]) == {0: _value(n, 3000)}
+        two.delete([_key(3)], TIMEOUT)
+        assert one.contains([_key(3), _key(4)], TIMEOUT) == [False, True]
+        one.close()
+        two.close()
+
+    @_needs("shared")
+    def test_processes_may_do_everything_at_once(self, open_backend: Open) -> None:
+        context = multiprocessing.get_context("spawn")
+        outcomes = context.SimpleQueue()
+        workers = [
+            context.Process(target=_hammer, args=(open_backend, seed, outcomes))
+            for seed in range(3)
+        ]
+        for worker in workers:
+            worker.start()
+        results = [outcomes.get() for _ in workers]
+        for worker in workers:
+            worker.join(60)
+        assert results == ["fine"] * 3
+
+    # Capacity
+
+    @_needs("bounded")
+    def test_a_full_store_keeps_to_its_capacity(self, open_small: Open, raw: RawAccess) -> None:
+        backend = open_small()
+        evicted: list[ChunkKey] = []
+        backend.on_evict = evicted.extend
+        keys = [_key(n) for n in range(100)]
+        for n, key in enumerate(keys):
+            assert _put(backend, {key: _value(n, SMALL // 10)}) == 1
+            assert sum(stored.nbytes for stored in backend.scan()) <= SMALL
+        left = {stored.key for stored in backend.scan()}
+        assert len(left) >= 5
+        assert set(evicted) == set(keys) - left
+        assert len(evicted) == len(set(evicted))
+        backend.close()
+
+    @_needs("bounded")
+    def test_a_value_larger_than_the_store_is_refused_and_evicts_nothing(
+        self, open_small: Open
+    ) -> None:
+        backend = open_small()
+        _put(backend, {_key(1): b"x"})
+        assert _put(backend, {_key(2): bytes(SMALL + 1)}) == 0
+        assert backend.contains([_key(1), _key(2)], TIMEOUT) == [True, False]
+        backend.close()
+
+    @_needs("bounded")
+    def test_what_is_kept_of_a_sequence_that_does_not_fit_is_its_beginning(
+        self, open_small: Open
+    ) -> None:
+        backend = open_small()
+        values = {_key(n): _value(n, SMALL // 10) for n in range(20)}
+        stored = _put(backend, values)
+        assert 0 < stored < 20
+        present = backend.contains(list(values), TIMEOUT)
+        assert present == [n < stored for n in range(20)]
+        backend.close()
+
+    @_needs("bounded")
+    def test_the_least_recently_used_sequence_leaves_first_and_leaves_before_roots(
+        self, open_small: Open
+    ) -> None:
+        backend = open_small()
+        old, young = [_key(n) for n in range(4)], [_key(n) for n in range(10, 14)]
+        for chain in (old, young):
+            _put(backend, {key: _value(1, SMALL // 10) for key in chain})
+            time.sleep(0.01)
+        backend.touch(old, TIMEOUT)  # now `young` is the older one
+        time.sleep(0.01)
+        for n in range(20, 24):
+            _put(backend, {_key(n): _value(n, SMALL // 10)})
+        assert all(backend.contains(old, TIMEOUT))
+        there = backend.contains(young, TIMEOUT)
+        assert not all(there)
+        assert there == sorted(there, reverse=True)  # what is left is its beginning
+        backend.close()
+
+
+def _hammer(open_backend: Open, seed: int, outcomes: multiprocessing.SimpleQueue[str]) -> None:
+    """Put, get and delete shared keys; every value that is read must be its key's."""
+    chance = random.Random(seed)
+    try:
+        backend = open_backend()
+        for _ in range(80):
+            numbers = chance.sample(range(30), 5)
+            values = {_key(n): _value(n, 2000 + n) for n in numbers}
+            if chance.random() < 0.5:
+                _put(backend, values)
+            got = _get(backend, list(values))
+            if any(got[i] != value for i, value in enumerate(values.values()) if i in got):
+                raise AssertionError("another key's value, or half a one")
+            if chance.random() < 0.3:
+                backend.delete(list(values)[:2], TIMEOUT)
+        backend.close()
+    except BaseException as error:
+        outcomes.put(repr(error))
+    else:
+        outcomes.put("fine")
+
+
+def _key(number: int) -> ChunkKey:
+    return ChunkKey(hashlib.sha256(b"key %d" % number).digest())
+
+
+def _value(number: int, nbytes: int) -> bytes:
+    return random.Random(number).randbytes(nbytes)
+
+
+def _put(backend: StorageBackend, values: dict[ChunkKey, bytes]) -> int:
+    """Put values as one sequence, each in a few parts."""
+    frames: list[tuple[ChunkKey, Parts]] = [
+        (key, [memoryview(value)[: len(value) // 3], memoryview(value)[len(value) // 3 :]])
+        for key, value in values.items()
+    ]
+    return backend.put(frames, list(values), TIMEOUT)
+
+
+def _get(backend: StorageBackend, keys: Sequence[ChunkKey]) -> dict[int, bytes]:
+    return {i: b"".join(parts) for i, parts in backend.get(keys, _allocate, TIMEOUT)}
+
+
+def _allocate(nbytes: int) -> memoryview:
+    return memoryview(bytearray(b"\xee" * nbytes))

@@ -1,0 +1,149 @@
+"""SerdeConformance: everything that a Serde promises."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lmcache_core import frame
+from lmcache_core.chain import SerdeChain
+from lmcache_core.errors import FrameError
+from lmcache_core.frame import Chunk
+from lmcache_core.layout import KVLayout, Tensors
+from lmcache_core.serde import Serde
+from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
+
+_RELAXED = settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors],
+)
+_ALL = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+
+class SerdeConformance:
+    """Subclass it, name it Test..., and define the fixture `serde`: an instance of yours.
+
+    A lossy serde overrides `assert_close` with the bound that it promises.
+    """
+
+    dtypes: ClassVar[tuple[str, ...]] = _ALL
+    """Dtypes of KV that it takes."""
+    checks_itself: ClassVar[bool] = False
+    """Decoding refuses any changed payload, not only one of another length."""
+
+    @pytest.fixture
+    def serde(self) -> Serde:
+        raise NotImplementedError("define the fixture serde")
+
+    def assert_close(self, decoded: torch.Tensor, original: torch.Tensor) -> None:
+        """Exact, bit for bit, unless overridden."""
+        assert torch.equal(decoded.view(torch.uint8), original.view(torch.uint8))
+
+    def check(self, serde: Serde, chunk: Chunk) -> None:
+        """A frame of this serde decodes to what it was made from."""
+        data = encoded(serde, chunk)
+        again = frame.decode([memoryview(data)], chunk.key)
+        chunk.namespace.layout.check(again.tensors, chunk.tokens)
+        for name, original in chunk.tensors.items():
+            self.assert_close(again.tensors[name], original)
+
+    @_RELAXED
+    @given(data=st.data(), tokens=st.sampled_from([1, 2, 7, 33]))
+    def test_any_layout_comes_back(self, serde: Serde, data: st.DataObject, tokens: int) -> None:
+        layout = data.draw(layouts(self.dtypes))
+        self.check(serde, make_chunk(layout, tokens, seed=tokens))
+
+    def test_special_values_come_back(self, serde: Serde) -> None:
+        for dtype in self.dtypes:
+            layout = tiny_layout(dtype)
+            for value in (0.0, -0.0, 1.0, 1e-40, float("nan"), float("inf"), float("-inf")):
+                tensors = random_tensors(layout, 5)
+                special = torch.tensor(value).to(tensors["g0.k"].dtype)
+                constant = {name: special.expand(t.shape) for name, t in tensors.items()}
+                self.check(serde, _with(layout, constant))
+                mixed = {name: t.clone() for name, t in tensors.items()}
+                for tensor in mixed.values():
+                    tensor[0, 0, 2] = special
+                self.check(serde, _with(layout, mixed))
+
+    def test_encoding_is_deterministic(self, serde: Serde) -> None:
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
+        assert encoded(serde, chunk) == encoded(serde, chunk)
+
+    def test_encoding_leaves_its_input_alone(self, serde: Serde) -> None:
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
+        before = {name: tensor.clone() for name, tensor in chunk.tensors.items()}
+        encoded(serde, chunk)
+        for name, tensor in chunk.tensors.items():
+            assert torch.equal(tensor, before[name])
+
+    def test_tensors_of_any_strides_are_taken(self, serde: Serde) -> None:
+        layout = tiny_layout(self.dtypes[0])
+        tensors = {n: t.transpose(0, 2).contiguous().transpose(0, 2)
+                   for n, t in random_tensors(layout, 6).items()}  # fmt: skip
+        self.check(serde, _with(layout, tensors))
+
+    def test_threads_share_one_instance(self, serde: Serde) -> None:
+        chunks = [make_chunk(tiny_layout(self.dtypes[0]), 40, seed=n) for n in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda chunk: self.check(serde, chunk), chunks * 4))
+
+    def test_options_survive_in_the_frame(self, serde: Serde) -> None:
+        chain = SerdeChain([serde])
+        again = SerdeChain.from_spec(chain.spec)
+        assert again.spec == chain.spec
+        name, options = next(step for step in chain.spec if step[0] == serde.name)
+        assert type(serde).Options.model_validate(json.loads(options)) == serde.options
+        assert name == type(serde).name
+
+    def test_a_payload_of_another_length_is_refused(self, serde: Serde) -> None:
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
+        data = bytearray(encoded(serde, chunk))
+        for wrong in (data[:-1], data[: len(data) // 2], data + b"\0"):
+            _refuse(resealed(wrong), chunk)
+
+    def test_a_changed_payload_is_refused_or_keeps_its_shapes(self, serde: Serde) -> None:
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
+        data = encoded(serde, chunk)
+        start = len(data) - frame._Head.read([memoryview(data)]).nbytes
+        for place in range(start, len(data), max(1, (len(data) - start) // 200)):
+            changed = bytearray(data)
+            changed[place] ^= 0x5A
+            if self.checks_itself:
+                _refuse(resealed(changed), chunk)
+                continue
+            try:
+                again = frame.decode([memoryview(resealed(changed))], chunk.key)
+            except FrameError:
+                continue
+            chunk.namespace.layout.check(again.tensors, chunk.tokens)
+
+
+def encoded(serde: Serde, chunk: Chunk) -> bytes:
+    """The frame of a chunk, by a chain of this one serde (completed with raw where needed)."""
+    return b"".join(frame.encode(chunk, SerdeChain([serde])))
+
+
+def resealed(data: bytes | bytearray) -> bytes:
+    """The same bytes as a frame whose length and checksum hold: only the payload may be wrong."""
+    head = frame._Head(*frame._PRELUDE.unpack_from(data))
+    prelude = frame._PRELUDE.pack(*head._replace(nbytes=len(data) - head.start))
+    rest = bytes(data[frame._HEADER :])
+    return prelude + frame._checksum(prelude, [memoryview(rest)]) + rest
+
+
+def _with(layout: KVLayout, tensors: Tensors) -> Chunk:
+    chunk = make_chunk(layout, next(iter(tensors.values())).shape[2])
+    return Chunk(chunk.key, chunk.namespace, chunk.index, chunk.tokens, tensors)
+
+
+def _refuse(data: bytes, chunk: Chunk) -> None:
+    with pytest.raises(FrameError):
+        frame.decode([memoryview(data)], chunk.key)

@@ -1,0 +1,93 @@
+"""local_cpu: the conformance suite, and that it is as cheap as a dictionary."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+
+from lmcache_backends.local_cpu import LocalCpuBackend, LocalCpuOptions
+from lmcache_core import ChunkKey, StorageBackend, UnknownComponent
+from lmcache_core.testing import SMALL, BackendConformance
+
+GIB = 1 << 30
+
+
+class RawDict:
+    """The backend's own dictionary."""
+
+    def __init__(self) -> None:
+        self.backend: LocalCpuBackend | None = None
+
+    def read(self, key: ChunkKey) -> bytes | None:
+        parts = self.backend._frames.get(key)
+        return None if parts is None else b"".join(parts)
+
+    def write(self, key: ChunkKey, value: bytes) -> None:
+        self.backend._frames.add(key, (memoryview(value),))
+        self.backend._used += len(value)
+
+    def keys(self) -> set[ChunkKey]:
+        return set(self.backend._frames)
+
+
+class TestLocalCpu(BackendConformance):
+    bounded = True
+
+    @pytest.fixture
+    def raw(self) -> RawDict:
+        return RawDict()
+
+    @pytest.fixture
+    def open_backend(self, raw: RawDict) -> Callable[[], StorageBackend]:
+        def opened() -> StorageBackend:
+            raw.backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
+            return raw.backend
+
+        return opened
+
+    @pytest.fixture
+    def open_small(self) -> Callable[[], StorageBackend]:
+        return lambda: LocalCpuBackend(LocalCpuOptions(capacity=SMALL))
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(number.to_bytes(32, "little"))
+
+
+def test_it_keeps_the_very_buffer_that_it_was_given() -> None:
+    backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
+    buffer = bytearray(1000)
+    backend.put([(key(1), [memoryview(buffer)])], [key(1)], 1.0)
+    buffer[7] = 99
+    ((_, parts),) = backend.get([key(1)], lambda n: pytest.fail("no buffer is needed"), 1.0)
+    assert parts[0][7] == 99
+
+
+def test_the_index_takes_less_than_200_bytes_a_chunk() -> None:
+    backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
+    count = 50_000
+    shared = (memoryview(b"x"),)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for number in range(count):
+        backend._frames.add(key(number), shared)
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (after - before) / count < 200
+
+
+def test_a_closed_backend_holds_no_memory() -> None:
+    backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
+    buffer = bytearray(1000)
+    backend.put([(key(1), [memoryview(buffer)])], [key(1)], 1.0)
+    with pytest.raises(BufferError):
+        buffer.extend(b"x")  # somebody still looks at it
+    backend.close()
+    buffer.extend(b"x")
+
+
+def test_an_unknown_policy_is_named() -> None:
+    with pytest.raises(UnknownComponent, match="unknown eviction policy 'lfu', did you mean 'lru'"):
+        LocalCpuBackend(LocalCpuOptions(capacity=1, eviction="lfu"))
