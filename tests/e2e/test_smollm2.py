@@ -1,0 +1,147 @@
+"""The main job on the real model: a document's KV is computed once and reused everywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, pipeline
+
+import lmcache_core
+from lmcache_connectors.transformers import attach
+
+pytestmark = pytest.mark.xdist_group("smollm2")
+
+CHUNK = 64
+WORKER = Path(__file__).parent / "worker.py"
+
+
+def config(folder: Path, capacity: str = "1GiB") -> dict[str, Any]:
+    return {
+        "chunk_size": CHUNK,
+        "tiers": [
+            {"backend": "local_cpu", "capacity": capacity},
+            {"backend": "disk", "path": str(folder), "capacity": "1GiB", "serde": ["zstd"]},
+        ],
+    }
+
+
+def asked(document: torch.Tensor, tokenizer: Any, question: str) -> torch.Tensor:
+    ids = tokenizer(f"\n\n{question}\n", return_tensors="pt")["input_ids"]
+    return torch.cat([document, ids], dim=1)
+
+
+def answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=16, do_sample=False)
+
+
+def loaded(cache: lmcache_core.CacheEngine) -> dict[str, int]:
+    return {event[1]: n for event, n in cache.stats().items() if event[0] == "loaded"}
+
+
+QUESTIONS = ("What does the assert statement do?", "What is a coroutine?")
+
+
+def test_two_questions_from_memory_then_from_another_process(
+    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+) -> None:
+    model, tokenizer = smollm
+    prompts = [asked(document, tokenizer, question) for question in QUESTIONS]
+    expected = [answer(model, ids) for ids in prompts]
+    raw = config(tmp_path)
+    raw["tiers"][1].pop("serde")
+    with lmcache_core.open(raw) as cache, attach(model, cache):
+        for ids, tokens in zip(prompts, expected, strict=True):
+            assert torch.equal(answer(model, ids), tokens)
+        assert loaded(cache) == {"local_cpu": 1200 // CHUNK}
+    for ids, tokens in zip(prompts, expected, strict=True):
+        prompt = tmp_path / "prompt.json"
+        prompt.write_text(json.dumps(ids.tolist()))
+        command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
+        out = subprocess.run(command, check=True, capture_output=True, timeout=200)
+        said = json.loads(out.stdout.splitlines()[-1])
+        assert said["output"] == tokens.tolist()
+        assert said["loaded"] == {"disk": (ids.shape[1] - 1) // CHUNK}
+
+
+def test_a_worker_killed_while_it_stores_leaves_a_prefix_that_is_right(
+    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+) -> None:
+    model, tokenizer = smollm
+    ids = asked(document, tokenizer, QUESTIONS[0])
+    expected = answer(model, ids)
+    prompt = tmp_path / "prompt.json"
+    prompt.write_text(json.dumps(ids.tolist()))
+    command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE)
+    worker.stdout.readline()
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("chunks/*/*")) and time.monotonic() < end:
+        time.sleep(0.001)
+    worker.kill()
+    worker.wait()
+    worker.stdout.close()
+    stored = len(list(tmp_path.glob("chunks/*/*")))
+    assert stored >= 1
+    plain = config(tmp_path)
+    plain["tiers"][1].pop("serde")
+    with lmcache_core.open(plain) as cache, attach(model, cache):
+        assert torch.equal(answer(model, ids), expected)
+        assert 1 <= sum(loaded(cache).values()) <= stored
+
+
+def test_memory_smaller_than_the_document(
+    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+) -> None:
+    model, tokenizer = smollm
+    prompts = [asked(document, tokenizer, question) for question in QUESTIONS]
+    expected = answer(model, prompts[1])
+    with lmcache_core.open(config(tmp_path, "16MiB")) as cache, attach(model, cache):
+        answer(model, prompts[0])
+        assert cache.flush(60)
+        assert torch.equal(answer(model, prompts[1]), expected)
+        assert sum(loaded(cache).values()) == 1200 // CHUNK
+        assert loaded(cache)["disk"] > 0
+
+
+def test_bf16_equals_the_same_split_prefill_without_storage(
+    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+) -> None:
+    import smollm2
+
+    model, tokenizer = smollm2.load(torch.bfloat16)
+    one, two = (asked(document, tokenizer, question) for question in QUESTIONS)
+    with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
+        first = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=one, cache=first, use_cache=True, logits_to_keep=1)
+        answer(model, one)
+        got = answer(model, two)
+        assert loaded(cache) == {"local_cpu": 1200 // CHUNK}
+    first.crop(1200 // CHUNK * CHUNK - one.shape[1])
+    expected = model.generate(two, cache=first, max_new_tokens=16, do_sample=False)
+    assert torch.equal(got, expected)
+
+
+def test_a_pipeline_and_a_batch_of_chats(
+    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+) -> None:
+    model, tokenizer = smollm
+    text = tokenizer.decode(document[0, :600])
+    chats = [
+        [{"role": "user", "content": f"{text}\n\n{question}"}]
+        for question in (*QUESTIONS, "And what is a lambda expression, in one short sentence?")
+    ]
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    settings = {"max_new_tokens": 12, "do_sample": False, "batch_size": 3}
+    expected = pipe(chats, **settings)
+    with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
+        assert pipe(chats, **settings) == expected
+        assert pipe(chats, **settings) == expected
+        assert loaded(cache)["local_cpu"] >= 3 * 9
