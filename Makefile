@@ -7,6 +7,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .cache/transformers-5.16.1
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
@@ -15,7 +16,8 @@ PYTEST_ARGS ?=
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint $(OLDEST)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 bench: $(READY)
@@ -27,6 +29,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The oldest Transformers that the connector supports, beside the newest in the environment.
+$(OLDEST): $(READY)
+	rm -rf $@ $@.new
+	$(BIN)/python -m pip install --quiet --target $@.new transformers==5.16.1
+	mv $@.new $@
 
 clean:
 	rm -rf $(VENV) .cache

@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 THREADS = 32
 """Calls that a tier may have under way; a hung one keeps its thread until it returns."""
-READ_AHEAD = 4
-"""Chunks that wait, read but not yet taken by the loading thread."""
+READ_AHEAD = 2
+"""Chunks that wait in each stream, read but not yet taken by the loading thread."""
 SLOWEST = 16 << 20
 """Bytes a second. A transfer's deadline grows by its size at this rate; slower is failing."""
 
@@ -124,12 +124,8 @@ class Tier:
     def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
         if self.in_memory:
             return self._read(wanted)
-        streams = [
-            part
-            for n in range(self._backend.streams)
-            if (part := wanted[n :: self._backend.streams])
-        ]
-        return self._merged(streams)
+        streams = min(self._backend.streams, len(wanted))
+        return self._merged([wanted[n::streams] for n in range(streams)])
 
     def _read(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
         """Frames from the backend, decoded."""
@@ -140,26 +136,25 @@ class Tier:
             del parts
 
     def _merged(self, streams: Sequence[Sequence[_Wanted]]) -> Iterator[tuple[int, Chunk | Miss]]:
-        """What several threads read ahead. They may hang; this does not."""
-        box: queue.Queue[_Arrival] = queue.Queue(READ_AHEAD)
+        """What a thread for each stream reads ahead, in turn. They may hang; this does not."""
+        boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
         stop = threading.Event()
-        for wanted in streams:
+        for wanted, box in zip(streams, boxes, strict=True):
             self._workers.submit(partial(self._pump, wanted, box, stop))
-        running = len(streams)
         patience = self._deadline
         try:
-            while running:
+            while boxes:
+                box = boxes.pop(0)
                 began = time.monotonic()
                 item = self._next(box, patience)
                 patience -= time.monotonic() - began
-                if item is None:
-                    running -= 1
-                elif isinstance(item, Exception):
+                if isinstance(item, Exception):
                     raise item
-                else:
+                if item is not None:
                     nbytes = item[1].nbytes if isinstance(item[1], Chunk) else 0
                     patience = min(self._deadline, patience + nbytes / SLOWEST)
                     yield item
+                    boxes.append(box)
                 del item
         finally:
             stop.set()

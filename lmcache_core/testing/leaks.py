@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 
 GRACE_SECONDS = 5.0
 
@@ -15,6 +16,7 @@ GRACE_SECONDS = 5.0
 @contextlib.contextmanager
 def no_leaks() -> Iterator[None]:
     """Fail if more threads or open files are there afterwards than before."""
+    resource_tracker.ensure_running()  # the first spawn starts it, and it stays
     before = _threads(), _files()
     yield
     end = time.monotonic() + GRACE_SECONDS

@@ -355,7 +355,9 @@ def test_a_damaged_chunk_in_one_tier_comes_from_the_next(
         for key in keys[1::2]:
             chunk_file(tmp_path / "a", key).write_bytes(b"broken")
         assert loaded(cache, keys, is_right) == 6
-        assert missed(cache) == {"damaged": 3}
+        # A reading thread may remove one that it finds damaged before it is asked for again.
+        assert missed(cache)["damaged"] == 3
+        assert set(missed(cache)) <= {"damaged", "evicted"}
 
 
 def test_a_chunk_evicted_since_the_lookup_ends_the_load(

@@ -1,0 +1,74 @@
+"""Write golden frames: python -m tests.serde.make_golden
+
+One small frame for each serde and frame version, decoded by every later version. A file that is
+there is never written again: what was stored once must stay readable.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component
+from lmcache_core import frame as frames
+from lmcache_core.chain import SerdeChain
+from lmcache_core.keys import FRAME_VERSION
+
+FOLDER = Path(__file__).parent / "golden"
+CHAINS = {
+    "raw": ["raw"],
+    "safetensors": ["safetensors"],
+    "zstd": ["raw", "zstd"],
+    "safetensors-zstd": ["safetensors", "zstd"],
+}
+TOKENS = 5
+
+
+def chunk() -> Chunk:
+    """The chunk in every golden frame: numbers that need no random generator."""
+    groups = (
+        LayerGroup(
+            kind="attention", layers=(0, 2), kv_heads=2, key_dim=4, value_dim=3, dtype="bfloat16"
+        ),
+        LayerGroup(
+            kind="sliding",
+            layers=(1,),
+            kv_heads=1,
+            key_dim=3,
+            value_dim=3,
+            dtype="float32",
+            window=4,
+        ),
+    )
+    namespace = Namespace(
+        model="golden/模型", layout=KVLayout(groups=groups), weights="w", rank=1, world=2
+    )
+    tensors = {}
+    for number, spec in enumerate(namespace.layout.tensors(TOKENS)):
+        count = torch.Size(spec.shape).numel()
+        values = (torch.arange(count) * 37 % 101 - 50) / (number + 8)
+        tensors[spec.name] = values.view(spec.shape).to(getattr(torch, spec.dtype))
+    key = namespace.keys(range(TOKENS * 3), TOKENS)[2]
+    return Chunk(key, namespace, 2, TOKENS, tensors)
+
+
+def path(name: str, version: int = FRAME_VERSION) -> Path:
+    """Where the frame of a chain lies."""
+    return FOLDER / f"{name}.v{version}.frame"
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, serdes in CHAINS.items():
+        if path(name).exists():
+            print(f"{path(name).name} is there and stays")
+            continue
+        classes = [component("serdes", serde) for serde in serdes]
+        chain = SerdeChain([cls(cls.Options()) for cls in classes])
+        path(name).write_bytes(b"".join(frames.encode(chunk(), chain)))
+        print(f"{path(name).name} written")
+
+
+if __name__ == "__main__":
+    main()
