@@ -7,7 +7,7 @@ as without us, and one log line says why.
 
 KV is taken at the cache layers, so shapes come from tensors and not from the config. Full layers
 keep every token. Sliding layers forget what leaves their window, so what they are given is noted
-during the call (`_Recorder`), by reference.
+during the call (`_Noting`), by reference.
 
 Transformers 5.16 to 5.24. The cache argument's name changed within; the signature tells.
 """
@@ -99,7 +99,7 @@ class Attached:
         self._tenant = tenant_digest(tenant) if tenant else ""
         self._own_generate = model.generate
         self._said: set[str] = set()
-        self._recorders: WeakKeyDictionary[DynamicCache, _Recorder] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[DynamicCache, list[int]] = WeakKeyDictionary()
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._seen: object = None
@@ -158,15 +158,12 @@ class Attached:
         try:
             shape = self._current()
             pads = _pads(input_ids, attention_mask)
-            recorder = self._recorders.get(cache) or _Recorder(cache, shape, 0)
             length = min(cache.get_seq_length(), input_ids.shape[1])
+            known = self._known.get(cache, [0] * len(pads))
             rows = [
-                _Row(
-                    input_ids[n, pad:length].cpu(), pad, recorder.known[n] if recorder.known else 0
-                )
-                for n, pad in enumerate(pads)
+                _Row(input_ids[n, pad:length].cpu(), pad, known[n]) for n, pad in enumerate(pads)
             ]
-            return sum(self._store_row(shape, recorder, n, row) for n, row in enumerate(rows))
+            return sum(self._store_row(shape, cache, n, row) for n, row in enumerate(rows))
         except _NotCacheable as reason:
             self._say(str(reason))
             return 0
@@ -188,7 +185,8 @@ class Attached:
         try:
             self._store_output(prompt, output, call.eos)
         except Exception as error:
-            self._say(f"what it computed was not stored: {error!r}")
+            self._say(f"an output that could not be stored ({error!r})")
+        _stop_noting(prompt.cache)
         return output
 
     def _say(self, reason: str) -> None:
@@ -239,10 +237,11 @@ class Attached:
             known += [loaded] * repeats
         columns = columns if any(known) else 0
         cache = _filled(self._model, prefix, columns)
-        self._recorders[cache] = recorder = _Recorder(cache, shape, columns, known)
+        _note(cache, columns)
+        self._known[cache] = known
         all_pads = [pad for pad in pads for _ in range(repeats)]
         mask = torch.ones_like(input_ids) if mask is None else mask
-        return _Prompt(shape, cache, columns, all_pads, recorder, mask)
+        return _Prompt(shape, cache, columns, all_pads, known, mask)
 
     def _load_row(
         self, shape: _Shape, prefix: Sequence[_Pair], rows: slice, pad: int, hit: Hit
@@ -275,18 +274,18 @@ class Attached:
                 if int(sequences[n, column]) in eos:
                     end = column + 1
                     break
-            row = _Row(sequences[n, pad:end], pad, prompt.recorder.known[n])
-            self._store_row(prompt.shape, prompt.recorder, n, row)
-        prompt.recorder.stop()
+            row = _Row(sequences[n, pad:end], pad, prompt.known[n])
+            self._store_row(prompt.shape, prompt.cache, n, row)
 
-    def _store_row(self, shape: _Shape, recorder: _Recorder, number: int, row: _Row) -> int:
+    def _store_row(self, shape: _Shape, cache: DynamicCache, number: int, row: _Row) -> int:
         keys = self._cache.keys(shape.namespace, row.tokens)
         size = self._cache.chunk_size
 
         def gather(index: int, out: Tensors) -> None:
             start = row.pad + index * size
             for layer, part, tensor in shape.parts(out):
-                copy_exact(tensor, recorder.columns(layer, part, number, start, start + size))
+                source = _columns(cache.layers[layer], part, number, start, start + size)
+                copy_exact(tensor, source)
 
         return self._cache.store(shape.namespace, keys, gather, start=row.known)
 
@@ -298,17 +297,17 @@ class _Prompt(NamedTuple):
     cache: DynamicCache
     columns: int
     pads: list[int]
-    recorder: _Recorder
+    known: list[int]
+    """Chunks of each row that are stored already."""
     mask: torch.Tensor
 
 
 class _Row(NamedTuple):
-    """One sequence whose KV is in a cache from column `pad` on."""
+    """One sequence whose KV is in a cache from column `pad` on, `known` chunks of it stored."""
 
     tokens: torch.Tensor
     pad: int
     known: int
-    """Chunks from the root that are stored already."""
 
 
 class _Call:
@@ -390,60 +389,85 @@ def _pads(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     return [int(pad) for pad in pads]
 
 
-class _Recorder:
-    """The KV of a cache by layer and column, including what sliding layers have forgotten."""
+class _WithRoom(DynamicLayer):
+    """A full layer that holds a prefix with room behind it.
 
-    def __init__(
-        self, cache: DynamicCache, shape: _Shape, start: int, known: Sequence[int] = ()
-    ) -> None:
-        """Note what sliding layers are given from column `start` on."""
-        self._layers = list(cache.layers)
-        self._start = start
-        self.known = list(known)
-        self._noted: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-        for number in shape.sliding:
-            if cache.get_seq_length() == start:
-                self._note(number)
+    Its first update writes there instead of copying both into fresh memory; from then on it is a
+    plain DynamicLayer. (A class and not a closure, so that a deep copy updates itself.)
+    """
 
-    def _note(self, number: int) -> None:
-        layer = self._layers[number]
-        noted: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-        self._noted[number] = noted
-        update = layer.update
+    room: _Pair
 
-        def noting(keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            noted[0].append(keys)
-            noted[1].append(values)
-            return update(keys, values, *args, **kwargs)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> _Pair:
+        """As DynamicLayer's."""
+        keys, values = self.__dict__.pop("room")
+        self.__class__ = DynamicLayer  # type: ignore[assignment]
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        here = self.keys.data_ptr() == keys.data_ptr() and self.keys.shape[0] == keys.shape[0]
+        if not here or end > keys.shape[2]:
+            return self.update(key_states, value_states, *args, **kwargs)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
 
-        layer.update = noting
 
-    def stop(self) -> None:
-        """Leave the layers as they were; what was noted stays."""
-        for number in self._noted:
-            self._layers[number].__dict__.pop("update", None)
+class _Noting(DynamicSlidingWindowLayer):
+    """A sliding layer that keeps, by reference, what it is given and will forget."""
 
-    def columns(self, number: int, part: int, row: int, start: int, end: int) -> torch.Tensor:
-        """KV of columns `start` to `end` of one row, [kv_heads, end - start, dim].
+    noted: list[_Pair]
+    noted_from: int
+    """Column of the first note."""
 
-        part: 0 for keys, 1 for values. Raises _NotCacheable where a layer has forgotten them.
-        """
-        layer = self._layers[number]
-        if number not in self._noted:
-            whole = (layer.keys, layer.values)[part]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                start, end = (n - layer.cumulative_length + whole.shape[2] for n in (start, end))
-            if start < 0:
-                raise _NotCacheable("a sliding window that has moved on (use load_prefix's cache)")
-            return whole[row, :, start:end]
-        start, end = start - self._start, end - self._start
-        pieces = []
-        for piece in self._noted[number][part]:
-            length = piece.shape[2]
-            if start < length and end > 0:
-                pieces.append(piece[row, :, max(start, 0) : end])
-            start, end = start - length, end - length
-        return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> _Pair:
+        """As DynamicSlidingWindowLayer's."""
+        self.noted.append((key_states, value_states))
+        pair: _Pair = super().update(key_states, value_states, *args, **kwargs)
+        return pair
+
+
+def _note(cache: DynamicCache, columns: int) -> None:
+    """Let the sliding layers of a cache with `columns` columns note what comes."""
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.__class__ = _Noting
+            layer.noted, layer.noted_from = [], columns
+
+
+def _stop_noting(cache: DynamicCache) -> None:
+    for layer in cache.layers:
+        if isinstance(layer, _Noting):
+            del layer.noted, layer.noted_from
+            layer.__class__ = DynamicSlidingWindowLayer
+
+
+def _columns(layer: DynamicLayer, part: int, row: int, start: int, end: int) -> torch.Tensor:
+    """KV of columns `start` to `end` of one row of a layer, [kv_heads, end - start, dim].
+
+    part: 0 for keys, 1 for values. Raises _NotCacheable where a layer has forgotten them.
+    """
+    if isinstance(layer, _Noting) and start >= layer.noted_from:
+        return _noted(layer, part, row, start - layer.noted_from, end - layer.noted_from)
+    kept = (layer.keys, layer.values)[part]
+    gone = layer.get_seq_length() - kept.shape[2]
+    if start < gone:
+        raise _NotCacheable("a sliding window that has moved on (use load_prefix's cache)")
+    return kept[row, :, start - gone : end - gone]
+
+
+def _noted(layer: _Noting, part: int, row: int, start: int, end: int) -> torch.Tensor:
+    pieces = []
+    for pair in layer.noted:
+        length = pair[part].shape[2]
+        if start < length and end > 0:
+            pieces.append(pair[part][row, :, max(start, 0) : end])
+        start, end = start - length, end - length
+    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
 
 class _Shape(NamedTuple):
@@ -477,12 +501,6 @@ class _Shape(NamedTuple):
         )
         return cls(namespace, [layer.keys.device for layer in layers])
 
-    @property
-    def sliding(self) -> list[int]:
-        """Numbers of the layers with a window."""
-        groups = self.namespace.layout.groups
-        return [layer for group in groups if group.window for layer in group.layers]
-
     def parts(self, tensors: Tensors) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(layer, 0 for keys or 1 for values, [kv_heads, tokens, dim]) of a chunk's tensors."""
         for g, group in enumerate(self.namespace.layout.groups):
@@ -515,30 +533,11 @@ def _filled(model: PreTrainedModel, prefix: Sequence[_Pair], columns: int) -> Dy
             layer.cumulative_length = columns
             first = max(0, columns - layer.sliding_window + 1)
         else:
-            _append_once(layer, keys, values, columns)
+            layer.__class__ = _WithRoom
+            layer.room = (keys, values)
         layer.keys = keys[:, :, first:columns]
         layer.values = values[:, :, first:columns]
     return cache
-
-
-def _append_once(
-    layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor, columns: int
-) -> None:
-    """Let the first update of a layer write behind its prefix, where there is room for exactly
-    that, instead of copying both into fresh memory."""
-
-    def update(new_keys: torch.Tensor, new_values: torch.Tensor, *_: Any, **__: Any) -> Any:
-        del layer.update
-        here = layer.keys.data_ptr() == keys.data_ptr() and layer.keys.shape[2] == columns
-        if not here or columns + new_keys.shape[2] > keys.shape[2]:
-            return layer.update(new_keys, new_values)
-        end = columns + new_keys.shape[2]
-        keys[:, :, columns:end] = new_keys
-        values[:, :, columns:end] = new_values
-        layer.keys, layer.values = keys[:, :, :end], values[:, :, :end]
-        return layer.keys, layer.values
-
-    layer.update = update
 
 
 def _probe(model: PreTrainedModel, argument: str) -> list[DynamicLayer]:

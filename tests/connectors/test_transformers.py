@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import lmcache_core
 from lmcache_connectors.transformers import attach, detach
@@ -324,7 +326,7 @@ def test_return_dict_streamer_and_scores_are_untouched(model: Any, cache: CacheE
                 torch.testing.assert_close(a, b)
             returned = out[argument(model)]
             assert returned.get_seq_length() == 35
-            assert all("update" not in vars(layer) for layer in returned.layers)
+            assert {type(layer) for layer in returned.layers} == {DynamicLayer}
 
 
 def test_two_tenants_share_nothing(model: Any, cache: CacheEngine) -> None:
@@ -437,6 +439,34 @@ def test_the_explicit_form(family: str, cache: CacheEngine) -> None:
         logits = model(input_ids=ids[:, n:], use_cache=True, **{name: again}).logits
         torch.testing.assert_close(logits, plain[:, n:])
         assert attached.store(ids, again) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_prefix_may_be_copied_cropped_and_used_twice(family: str, cache: CacheEngine) -> None:
+    """As people do who ask several questions about one document by hand."""
+    model = build(family)
+    ids = tokens(1, 20)
+    questions = [torch.cat([ids, tokens(1, 9, seed=n)], dim=1) for n in range(3)]
+    name = argument(model)
+    expected = [greedy(model, q) for q in questions]
+    with attach(model, cache) as attached:
+        greedy(model, ids)
+        prefix, n = attached.load_prefix(questions[0])
+        assert n == 16
+        before = [layer.keys.clone() for layer in prefix.layers]
+    for question, tokens_ in zip(questions, expected, strict=True):
+        own = copy.deepcopy(prefix)
+        assert torch.equal(greedy(model, question, **{name: own}), tokens_)
+        assert prefix.get_seq_length() == 16
+        assert own.get_seq_length() == 29 + 15
+    if family == "llama":  # a sliding layer cannot be cropped past its window
+        prefix.crop(-4)
+        assert torch.equal(greedy(model, questions[2], **{name: prefix}), expected[2])
+    assert all(
+        torch.equal(a[:, :, :12], layer.keys[:, :, :12])
+        for a, layer in zip(before, prefix.layers, strict=True)
+        if type(layer) is DynamicLayer
+    )
 
 
 def test_a_foreign_cache_can_be_stored_unless_its_window_moved_on(
