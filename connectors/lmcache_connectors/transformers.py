@@ -354,6 +354,8 @@ class _Call:
             raise _NotCacheable("beam search")
         if self._option("cache_implementation") not in (None, "dynamic"):
             raise _NotCacheable(f"a {self._option('cache_implementation')} cache")
+        if self._option("output_hidden_states") or self._option("output_attentions"):
+            raise _NotCacheable("output_hidden_states or output_attentions, of the whole prompt")
         if self._option("use_cache") is False:
             raise _NotCacheable("use_cache=False")
 
@@ -623,8 +625,11 @@ def _tensors(model: PreTrainedModel) -> Iterator[torch.Tensor]:
 def _signature(model: PreTrainedModel) -> object:
     """Changes with the weights, without reading them. Raises _NotCacheable for hooks."""
     for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise _NotCacheable("a forward hook, which may change what the model computes")
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            function = getattr(hook, "func", hook)
+            # Transformers' own only collect outputs, and stay once somebody has asked for them.
+            if not str(getattr(function, "__module__", "")).startswith("transformers."):
+                raise _NotCacheable("a forward hook, which may change what the model computes")
     return (
         [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)],
         _adapters(model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,57 @@ def test_threads_share_an_attached_model(cache: CacheEngine) -> None:
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_any_call_gives_what_it_gives_without_us(family: str, cache: CacheEngine) -> None:
+    """Random calls on prompts that share beginnings, each compared with the plain model's."""
+    model = build(family)
+    chance = random.Random(7)
+    document = tokens(1, 60)
+    attached = attach(model, cache)
+    for _ in range(40):
+        call = random_call(chance, document)
+        torch.manual_seed(1)
+        got = model.generate(**call)
+        attached.detach()
+        torch.manual_seed(1)
+        expected = model.generate(**call)
+        attached = attach(model, cache)
+        assert torch.equal(got, expected)
+    attached.detach()
+    assert loaded(cache) > 100
+
+
+def random_call(chance: random.Random, document: torch.Tensor) -> dict[str, Any]:
+    rows = chance.choice([1, 1, 1, 2, 3])
+    shared = chance.randrange(60)
+    ends = tokens(rows, chance.randrange(1, 14), seed=chance.randrange(3))
+    ids = torch.cat([document[:, :shared].expand(rows, -1), ends], dim=1)
+    mask = torch.ones_like(ids)
+    if rows > 1:
+        for row in range(rows):
+            pad = chance.choice([0, 0, chance.randrange(ids.shape[1])])
+            ids[row] = torch.cat(
+                [torch.zeros(pad, dtype=torch.long), ids[row, : len(ids[row]) - pad]]
+            )
+            mask[row, :pad] = 0
+    call: dict[str, Any] = {
+        "inputs" if chance.random() < 0.2 else "input_ids": ids,
+        "max_new_tokens": chance.randrange(1, 20),
+        "do_sample": chance.random() < 0.4,
+        "attention_mask": mask.bool() if chance.random() < 0.1 else mask,
+    }
+    if chance.random() < 0.2:
+        call["num_return_sequences"] = 2
+        call["do_sample"] = True
+    if chance.random() < 0.2:
+        call["repetition_penalty"] = 1.3
+    if chance.random() < 0.2:
+        call["generation_config"] = transformers.GenerationConfig(
+            pad_token_id=0, eos_token_id=[2, 5, 17, 40], min_new_tokens=2
+        )
+    return call
+
+
 # Driving the forward pass oneself
 
 
@@ -533,6 +585,10 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: greedy(m, torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], 1)),
         "no attention_mask",
     ),
+    "hidden states": (
+        lambda m: greedy(m, IDS, return_dict_in_generate=True, output_hidden_states=True),
+        "output_hidden_states",
+    ),
     "chunked prefill": (lambda m: greedy(m, IDS, prefill_chunk_size=8), "a prefill in chunks"),
 }
 
@@ -596,6 +652,15 @@ def test_a_model_that_cannot_be_cached_generates_as_without_us(
 ) -> None:
     model = make()
     assert reason in passes_through(model, cache, caplog, lambda: greedy(model, IDS, 6))
+
+
+def test_hidden_states_once_asked_for_do_not_end_reuse(model: Any, cache: CacheEngine) -> None:
+    """Transformers leaves its collecting hooks in the model."""
+    with attach(model, cache):
+        greedy(model, IDS, return_dict_in_generate=True, output_hidden_states=True)
+        greedy(model, IDS)
+        greedy(model, IDS)
+    assert loaded(cache) == 3
 
 
 def test_a_fault_of_our_own_is_not_the_callers(
