@@ -25,7 +25,7 @@ class RateLimitedLog:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, int]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def warn(self, kind: str, message: str) -> None:
         """Log `message` unless one of the same `kind` was logged just now."""
@@ -46,7 +46,8 @@ class Counters:
 
     def __init__(self) -> None:
         self._counts: Counter[tuple[str, ...]] = Counter()
-        self._lock = threading.Lock()
+        # Re-entrant: a load that nobody finished may be collected, and counted, at any allocation.
+        self._lock = threading.RLock()
 
     def _add(self, labels: tuple[str, ...], n: int) -> None:
         with self._lock:

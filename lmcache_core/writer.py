@@ -13,6 +13,8 @@ from lmcache_core.keys import ChunkKey
 BATCH_BYTES = 64 << 20
 """About this much is handed to the store at a time."""
 MAX_HOLES = 65536
+MAX_TOUCHES = 1024
+"""Beyond this many waiting jobs a touch is not worth its place."""
 
 Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
 """(chunks, their chain) -> how many of them, from the first, the store now has."""
@@ -67,7 +69,7 @@ class WriteBehind:
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """Tell the store, in time, that the sequence was used."""
         with self._changed:
-            if not self._closed:
+            if not self._closed and len(self._jobs) < MAX_TOUCHES:
                 self._append(_Job(None, keys))
 
     def missing(self, keys: Sequence[ChunkKey]) -> None:

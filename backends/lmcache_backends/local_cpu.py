@@ -35,7 +35,7 @@ class LocalCpuBackend(StorageBackend):
         self._capacity = options.capacity
         self._frames: EvictionPolicy[Parts] = component("eviction", options.eviction)()
         self._used = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a forgotten load may be collected while it is held
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         with self._lock:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -491,6 +494,57 @@ def test_an_engine_that_nobody_closes_keeps_its_promise(
     del cache
     with opened(disk(tmp_path)) as cache:
         assert loaded(cache, keys, is_right) == 20
+
+
+def test_an_interpreter_that_just_ends_keeps_its_promise(
+    namespace: Namespace, is_right: IsRight, tmp_path: Path
+) -> None:
+    program = (
+        "import sys; from pathlib import Path; from tests.core.test_engine import *\n"
+        "from lmcache_core import Namespace\n"
+        "ns = Namespace.from_document(bytes.fromhex(sys.argv[2]))\n"
+        "cache = opened(disk(Path(sys.argv[1])))\n"
+        "cache.store(ns, sequence(ns, 20), lambda i, out: [out[n].copy_(t) for n, t in"
+        " content(ns, i, SIZE).items()])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), namespace.document.hex()]
+    subprocess.run(command, check=True, timeout=60)
+    with opened(disk(tmp_path)) as cache:
+        assert loaded(cache, sequence(namespace, 20), is_right) == 20
+
+
+def test_an_interpreter_ends_while_a_store_hangs(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from tests.core.test_engine import *\n"
+        "DiskBackend.contains = lambda *a: time.sleep(600)\n"
+        "cache = opened(disk(Path(sys.argv[1]), deadline='100ms'))\n"
+        "assert cache.lookup([ChunkKey(bytes(32))]).chunks == 0"
+    )
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+    assert time.monotonic() - began < 30
+
+
+def test_loads_that_nobody_finishes_are_collected_in_peace(
+    namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
+) -> None:
+    """Their ends run wherever the collector happens to, inside any of our locks."""
+    with opened(memory(), disk(tmp_path)) as cache:
+        keys = sequence(namespace, 6)
+        cache.store(namespace, keys, gather)
+        cache.flush()
+        threshold = gc.get_threshold()
+        gc.set_threshold(5)
+        try:
+            for _ in range(300):
+                cycle: list[Any] = [cache.load(keys)]
+                next(cycle[0])
+                cycle.append(cycle)
+                del cycle
+                cache.store(namespace, keys, gather)
+        finally:
+            gc.set_threshold(*threshold)
+        assert loaded(cache, keys, is_right) == 6
 
 
 def test_a_forked_child_neither_hangs_nor_writes(
