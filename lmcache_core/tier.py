@@ -73,13 +73,18 @@ class Tier:
 
     def contains(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
         """Which of `keys` are here, and "" or the reason why the store could not tell."""
-        pending = self._writer.pending
-        asked = [key for key in keys if key not in pending] if pending else keys
+        waiting = self._waiting(keys)
+        asked = [key for key in keys if key not in waiting] if waiting else keys
         found, reason = self._ask(asked) if asked else ([], "")
-        if not pending:
+        if not waiting:
             return found, reason
         present = {key for key, there in zip(asked, found, strict=True) if there}
-        return [key in present or key in pending for key in keys], reason
+        return [key in present or key in waiting for key in keys], reason
+
+    def _waiting(self, keys: Sequence[ChunkKey]) -> set[ChunkKey]:
+        """Which of `keys` wait to be written: looked at once, for they leave at any moment."""
+        pending = self._writer.pending
+        return {key for key in keys if key in pending} if pending else set()
 
     def _ask(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
         nothing = [False] * len(keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -141,6 +142,27 @@ def test_write_behind_is_readable_before_it_is_written(
         assert cache.flush(10)
 
 
+def test_a_chunk_that_is_written_while_a_lookup_runs_is_found(
+    namespace: Namespace, gather: Gather, tmp_path: Path, stalled: Stalls, monkeypatch: Any
+) -> None:
+    """It leaves the queue between the look at the queue and the answer of the store."""
+    with opened(disk(tmp_path, deadline="10s")) as cache:
+        keys = sequence(namespace, 4)
+        stalled.on("put")
+        cache.store(namespace, keys[:2], gather)
+        real = DiskBackend.contains
+
+        def contains(self: DiskBackend, asked: Sequence[ChunkKey], timeout: float) -> list[bool]:
+            answer = real(self, asked, timeout)
+            if list(asked) == keys[2:]:
+                stalled.off()
+                assert cache.flush(10)
+            return answer
+
+        monkeypatch.setattr(DiskBackend, "contains", contains)
+        assert cache.lookup(keys).chunks == 2
+
+
 def test_scheduler_and_worker_are_different_processes(
     namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
 ) -> None:
@@ -169,29 +191,36 @@ def _work(path: str, namespace: Namespace, keys: Sequence[ChunkKey]) -> None:
 def test_loads_and_stores_from_several_threads(
     namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
 ) -> None:
-    """Memory holds a quarter of what is used, so that everything moves between the tiers."""
-    sequences = [sequence(namespace, 8, first) for first in range(8)]
+    """Memory, queues and the first disk hold a fraction of what is used, so that everything moves
+    between the tiers all the time. What a thread holds stays what it was."""
+    sequences = [sequence(namespace, 8, first) for first in range(20)]
     errors: list[BaseException] = []
 
-    def work(number: int) -> None:
+    def work(seed: int) -> None:
+        chance, held = random.Random(seed), []
         try:
-            for turn in range(30):
-                keys = sequences[(number + turn) % 8]
-                loaded(cache, keys, is_right)
-                cache.store(namespace, keys, gather)
+            for _ in range(150):
+                keys = chance.choice(sequences)[: chance.randrange(1, 9)]
+                stop = chance.randrange(12)
+                for chunk in cache.load(keys):
+                    held.append(chunk)
+                    if chunk.index == stop:
+                        break
+                cache.store(namespace, keys, gather, start=chance.choice([0, 0, len(keys) // 2]))
+                assert all(is_right(chunk) for chunk in held[-20:])
+            assert all(is_right(chunk) for chunk in held)
         except BaseException as error:
             errors.append(error)
 
-    with opened(memory(16 * FRAME_BYTES), disk(tmp_path)) as cache:
-        threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    one = disk(tmp_path / "1", capacity=40 * FRAME_BYTES, queue=4 * CHUNK_BYTES, serde=["zstd"])
+    two = disk(tmp_path / "2", queue=8 * CHUNK_BYTES)
+    with opened(memory(16 * FRAME_BYTES), one, two) as cache:
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert not errors
-        assert cache.flush(10)
-        for keys in sequences:
-            assert loaded(cache, keys, is_right) == 8
 
 
 def test_memory_adopts_what_was_gathered_and_hands_it_out(
