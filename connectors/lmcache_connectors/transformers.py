@@ -73,6 +73,9 @@ def attach(model: PreTrainedModel, cache: CacheEngine, *, tenant: str = "") -> A
 
     `tenant`: a salt; callers with different salts share nothing. Raises ValueError where the model
     has a cache already, and ConfigError where a tier cannot hold one chunk of this model's KV.
+
+    Weights may change meanwhile. Only what PyTorch counts is noticed, though: after a change in
+    place through `.data` or in inference mode, attach again.
     """
     if isinstance(_owner(model), Attached):
         raise ValueError("the model is attached already; detach it first")
@@ -102,6 +105,7 @@ class Attached:
         self._known: WeakKeyDictionary[DynamicCache, list[int]] = WeakKeyDictionary()
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
         self._seen: object = None
         self._shape: _Shape | _NotCacheable = _NotCacheable("a model not looked at yet")
         try:
@@ -154,10 +158,11 @@ class Attached:
         """Store the KV that `cache` holds of `input_ids` ([batch, tokens]); returns new chunks.
 
         Layers with a sliding window can be stored only from a cache that `load_prefix` made.
+        Positions must count from each row's first real token, as generate's do.
         """
         try:
             shape = self._current()
-            pads = _pads(input_ids, attention_mask)
+            pads = self._pads(input_ids, attention_mask)
             length = min(cache.get_seq_length(), input_ids.shape[1])
             known = self._known.get(cache, [0] * len(pads))
             rows = [
@@ -197,6 +202,7 @@ class Attached:
 
     def _current(self) -> _Shape:
         """What the model's KV is now. Weights that changed since the last call change it."""
+        _refuse_state(self._model)
         seen = _signature(self._model)
         if seen != self._seen:
             try:
@@ -215,11 +221,7 @@ class Attached:
     ) -> _Prompt:
         """Load what is stored of each row, as far as all rows of the batch have it."""
         shape = self._current()
-        if self._model.training:
-            raise _NotCacheable("a model in training mode")
-        if torch.is_autocast_enabled(input_ids.device.type):
-            raise _NotCacheable("autocast")
-        pads = _pads(input_ids, mask)
+        pads = self._pads(input_ids, mask)
         size, width = self._cache.chunk_size, input_ids.shape[1]
         ids = input_ids.cpu()
         hits = [
@@ -242,6 +244,13 @@ class Attached:
         all_pads = [pad for pad in pads for _ in range(repeats)]
         mask = torch.ones_like(input_ids) if mask is None else mask
         return _Prompt(shape, cache, columns, all_pads, known, mask)
+
+    def _pads(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+        """Columns of padding on the left of each row."""
+        pads = _pads(input_ids, mask)
+        if any(pads) and not self._takes_positions:  # then a row's KV may depend on its padding
+            raise _NotCacheable("padding in a model that takes no position_ids")
+        return pads
 
     def _load_row(
         self, shape: _Shape, prefix: Sequence[_Pair], rows: slice, pad: int, hit: Hit
@@ -322,6 +331,8 @@ class _Call:
         self._configs = [self.arguments.get("generation_config"), model.generation_config]
         self._refuse_arguments(inspect.signature(generate).parameters)
         self._refuse_options()
+        if self._option("cache_implementation") == "dynamic":  # beside a cache it is an error
+            self.arguments["cache_implementation"] = None
         ids = self.arguments.get("inputs")
         self.input_ids = self.arguments.get("input_ids") if ids is None else ids
         self._check_ids()
@@ -352,7 +363,8 @@ class _Call:
                 raise _NotCacheable(what)
         if (self._option("num_beams") or 1) > 1:
             raise _NotCacheable("beam search")
-        if self._option("cache_implementation") not in (None, "dynamic"):
+        # Old checkpoints with sliding windows say "hybrid"; generate takes that for None.
+        if self._option("cache_implementation") not in (None, "dynamic", "hybrid"):
             raise _NotCacheable(f"a {self._option('cache_implementation')} cache")
         if self._option("output_hidden_states") or self._option("output_attentions"):
             raise _NotCacheable("output_hidden_states or output_attentions, of the whole prompt")
@@ -486,6 +498,8 @@ class _Shape(NamedTuple):
             raise _NotCacheable("an encoder-decoder model")
         if _rope_types(config) & {"dynamic", "longrope"}:
             raise _NotCacheable("a position encoding that depends on the prompt's length")
+        if any(hasattr(module, "rope_deltas") for module in model.modules()):
+            raise _NotCacheable("a model whose positions depend on earlier calls")
         layers = _probe(model, argument)
         layout = KVLayout(groups=_groups(layers, config))
         namespace = cache.namespace(
@@ -497,7 +511,7 @@ class _Shape(NamedTuple):
             tenant=tenant,
             extra={
                 "class": type(model).__name__,
-                "attention": str(getattr(config, "_attn_implementation", "")),
+                "attention": _attention(config),
                 "config": _digest(config),
             },
         )
@@ -544,18 +558,13 @@ def _filled(model: PreTrainedModel, prefix: Sequence[_Pair], columns: int) -> Dy
 
 def _probe(model: PreTrainedModel, argument: str) -> list[DynamicLayer]:
     """The cache's layers after one token."""
-    config = model.config.get_text_config(decoder=True)
-    training = model.training
     try:
-        cache = DynamicCache(config=config)
+        cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
         with torch.no_grad():
-            model.eval()
             model(input_ids=token, use_cache=True, **{argument: cache})
     except Exception as error:
         raise _NotCacheable(f"a model that takes no DynamicCache ({error!r})") from error
-    finally:
-        model.train(training)
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise _NotCacheable(f"a layer that is not indexed by token ({type(layer).__name__})")
@@ -591,6 +600,10 @@ def _groups(layers: Sequence[DynamicLayer], config: Any) -> tuple[LayerGroup, ..
     )
 
 
+def _attention(config: Any) -> str:
+    return str(getattr(config, "_attn_implementation", ""))
+
+
 def _positions(config: Any) -> dict[str, Any]:
     """What the config says of positions."""
     fields = config.to_dict()
@@ -622,17 +635,36 @@ def _tensors(model: PreTrainedModel) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def _signature(model: PreTrainedModel) -> object:
-    """Changes with the weights, without reading them. Raises _NotCacheable for hooks."""
+def _refuse_state(model: PreTrainedModel) -> None:
+    """Raise _NotCacheable where the model computes just now what its weights do not say."""
+    if torch.is_autocast_enabled(model.device.type):
+        raise _NotCacheable("autocast")
     for module in model.modules():
+        if _drops(module):
+            raise _NotCacheable("a model in training mode")
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             function = getattr(hook, "func", hook)
             # Transformers' own only collect outputs, and stay once somebody has asked for them.
             if not str(getattr(function, "__module__", "")).startswith("transformers."):
                 raise _NotCacheable("a forward hook, which may change what the model computes")
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether a module may drop something, as in training. Plain layers without dropout do not;
+    peft's are in training mode when they are new."""
+    if isinstance(module, torch.nn.Dropout):
+        return module.training and module.p > 0
+    return module.training and not type(module).__module__.startswith(("torch.nn.", "peft."))
+
+
+def _signature(model: PreTrainedModel) -> object:
+    """Changes with the weights, without reading them, and with the config."""
+    config = model.config.get_text_config(decoder=True)
     return (
         [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)],
         _adapters(model),
+        _attention(config),
+        _digest(config),
     )
 
 
@@ -651,11 +683,12 @@ def _fingerprint(model: PreTrainedModel) -> str:
 
 
 def _adapters(model: PreTrainedModel) -> str:
-    """Which adapters are active, and how strongly: peft keeps that outside the weights."""
+    """Which adapters are active or merged, and how strongly: no weight of peft tells."""
     if not getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
         return ""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     states = [
-        (getattr(m, "active_adapters", None), getattr(m, "disable_adapters", None), m.scaling)
+        [getattr(m, name, None) for name in names]
         for m in model.modules()
         if hasattr(m, "scaling") and hasattr(m, "active_adapters")
     ]

@@ -382,6 +382,20 @@ def test_weights_that_change_while_attached_are_noticed(model: Any, cache: Cache
     assert changed.shape[0] == 1
 
 
+def test_attention_and_config_that_change_while_attached_are_noticed(
+    model: Any, cache: CacheEngine
+) -> None:
+    with attach(model, cache):
+        greedy(model, IDS)
+        model.set_attn_implementation("eager")
+        greedy(model, IDS)
+        model.config.rms_norm_eps = 1e-3
+        greedy(model, IDS)
+        assert loaded(cache) == 0
+        greedy(model, IDS)
+        assert loaded(cache) == 3
+
+
 def test_it_works_again_after_a_restart(tmp_path: Path, computed: Any) -> None:
     ids = tokens(1, 50)
     model = build("llama")
@@ -532,6 +546,19 @@ def test_a_foreign_cache_can_be_stored_unless_its_window_moved_on(
     assert "a sliding window that has moved on" in caplog.text
 
 
+@pytest.mark.parametrize("value", ["dynamic", "hybrid"])
+def test_the_dynamic_cache_may_be_asked_for_by_name(
+    model: Any, cache: CacheEngine, value: str
+) -> None:
+    """Checkpoints of models with sliding windows say "hybrid", which generate takes for it."""
+    expected = greedy(model, IDS)
+    with attach(model, cache):
+        assert torch.equal(greedy(model, IDS, cache_implementation=value), expected)
+        model.generation_config.cache_implementation = value
+        assert torch.equal(greedy(model, IDS), expected)
+    assert loaded(cache) == 3
+
+
 # What is passed through
 
 
@@ -630,6 +657,18 @@ def longrope() -> Any:
         "long_factor": [2.0] * 4, "factor": 8.0, "original_max_position_embeddings": 64})  # fmt: skip
 
 
+def vision() -> Any:
+    """Its positions continue those of the last call with an image."""
+    text = {**COMMON, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2],
+            "rope_theta": 1e4}}  # fmt: skip
+    model = other("Qwen2VLForConditionalGeneration", transformers.Qwen2VLConfig(
+        text_config=text, image_token_id=120, video_token_id=121, vision_start_token_id=122,
+        vision_end_token_id=123,
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 2}))  # fmt: skip
+    model.generation_config.pad_token_id = 0
+    return model
+
+
 def hooked() -> Any:
     model = build("llama")
     model.model.layers[0].register_forward_hook(lambda module, args, out: out)
@@ -643,6 +682,7 @@ def hooked() -> Any:
         (hybrid, "not indexed by token"),
         (encoder_decoder, "an encoder-decoder model"),
         (longrope, "depends on the prompt's length"),
+        (vision, "positions depend on earlier calls"),
         (hooked, "a forward hook"),
     ],
 )
@@ -652,6 +692,34 @@ def test_a_model_that_cannot_be_cached_generates_as_without_us(
 ) -> None:
     model = make()
     assert reason in passes_through(model, cache, caplog, lambda: greedy(model, IDS, 6))
+
+
+def test_padding_where_positions_are_columns(
+    cache: CacheEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A decoder that takes no position_ids is served without padding only."""
+    model = other("RoFormerForCausalLM", transformers.RoFormerConfig(
+        **COMMON, embedding_size=32, is_decoder=True))  # fmt: skip
+    ids = tokens(2, 30)
+    ids[0, :5] = 0
+    mask = (ids != 0).long()
+    reason = passes_through(
+        model, cache, caplog, lambda: greedy(model, ids, attention_mask=mask, eos_token_id=None)
+    )
+    assert "takes no position_ids" in reason
+    with attach(model, cache):
+        for _ in range(2):
+            greedy(model, ids[1:])
+    assert loaded(cache) == 3
+
+
+def test_token_types_run_as_without_us(
+    cache: CacheEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("gpt2")
+    types = torch.ones_like(IDS)
+    reason = passes_through(model, cache, caplog, lambda: greedy(model, IDS, token_type_ids=types))
+    assert "the argument token_type_ids" in reason
 
 
 def test_hidden_states_once_asked_for_do_not_end_reuse(model: Any, cache: CacheEngine) -> None:
@@ -709,14 +777,36 @@ def test_attach_and_detach(model: Any, cache: CacheEngine) -> None:
     assert model.generate == own
 
 
-def test_a_training_model_keeps_its_mode_and_is_not_served(
-    model: Any, cache: CacheEngine, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("part", ["", "transformer.h.0.attn"])
+def test_dropout_is_never_stored(
+    part: str, cache: CacheEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model.train()
-    with attach(model, cache):
-        assert model.training
+    model = build("gpt2")
+    model.get_submodule(part).train()
+    modes = [module.training for module in model.modules()]
+    with attach(model, cache) as attached, torch.no_grad():
         greedy(model, IDS)
-    assert "training mode" in caplog.text
+        own, _ = attached.load_prefix(IDS)
+        model(input_ids=IDS, use_cache=True, **{argument(model): own})
+        assert attached.store(IDS, own) == 0
+        assert [module.training for module in model.modules()] == modes
+        assert "training mode" in caplog.text
+        model.eval()
+        greedy(model, IDS)
+        greedy(model, IDS)
+    assert loaded(cache) == 3
+
+
+def test_nothing_is_stored_under_autocast(model: Any, cache: CacheEngine) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        attached = attach(model, cache)
+        with torch.no_grad():
+            own, _ = attached.load_prefix(IDS)
+            model(input_ids=IDS, use_cache=True, **{argument(model): own})
+        assert attached.store(IDS, own) == 0
+    greedy(model, IDS)
+    greedy(model, IDS)
+    assert loaded(cache) == 3
 
 
 def test_a_tier_too_small_for_a_chunk_is_an_error_at_attach(model: Any) -> None:

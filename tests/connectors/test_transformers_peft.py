@@ -62,6 +62,10 @@ def test_adapters_may_be_switched_while_attached(cache: CacheEngine) -> None:
         model: Any = get_peft_model(base, LORA)  # puts its layers into `base`
         assert not torch.equal(model.generate(input_ids=IDS, max_new_tokens=16), plain)
         assert loaded(cache) == 0
+        model.merge_adapter()  # writes where PyTorch does not count it
+        greedy(base, IDS)
+        model.unmerge_adapter()
+        assert loaded(cache) == 0
         with model.disable_adapter():
             assert torch.equal(greedy(base, IDS), plain)
         assert loaded(cache) == 0
