@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import random
@@ -243,6 +244,25 @@ class BackendConformance:
         for _ in range(20):
             next(iter(backend.get(keys, _allocate, TIMEOUT)))
         assert _get(backend, keys[:1]) == {0: _value(0, 3000)}
+
+    def test_a_deadline_that_cannot_be_kept_is_an_error_and_not_a_wait(
+        self, backend: StorageBackend
+    ) -> None:
+        """A call may still succeed: it only must not go on without progress."""
+        keys = [_key(n) for n in range(20)]
+        values = {key: _value(n, 5000) for n, key in enumerate(keys)}
+        _put(backend, values)
+        began = time.monotonic()
+        for call in (
+            lambda: backend.contains(keys, 1e-6),
+            lambda: list(backend.get(keys, _allocate, 1e-6)),
+            lambda: backend.touch(keys, 1e-6),
+            lambda: backend.ping(1e-6),
+        ):
+            with contextlib.suppress(Exception):
+                call()
+        assert time.monotonic() - began < TIMEOUT
+        assert _get(backend, keys) == dict(enumerate(values.values()))
 
     def test_threads_may_do_everything_at_once(self, backend: StorageBackend) -> None:
         """Every value that is read is whole and belongs to its key."""
