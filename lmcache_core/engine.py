@@ -223,9 +223,9 @@ class CacheEngine:
     ) -> int:
         """Store chunks `start` .. of a sequence; returns how many the first tier took.
 
-        `keys` is the whole sequence from its root. `gather` is called once for each chunk that
-        the first tier does not have yet, with host tensors of `namespace.layout` for `tokens`
-        (default `chunk_size`) tokens to fill. Only that copy happens on the caller's thread,
+        `keys` is the whole sequence from its root. `gather` is called once for each chunk that is
+        new (a memory tier in front knows), with host tensors of `namespace.layout` for `tokens`
+        (default `chunk_size`) tokens to fill; `copy_exact` fills them safely. Only that copy happens on the caller's thread,
         besides storing in memory; slower tiers are written behind. Whatever `gather` raises
         comes through; chunks before it are stored.
         """
