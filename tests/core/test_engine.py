@@ -387,8 +387,8 @@ def test_a_damaged_chunk_in_one_tier_comes_from_the_next(
         for key in keys[1::2]:
             chunk_file(tmp_path / "a", key).write_bytes(b"broken")
         assert loaded(cache, keys, is_right) == 6
-        # A reading thread may remove one that it finds damaged before it is asked for again.
-        assert missed(cache)["damaged"] == 3
+        # A thread that reads ahead may find one damaged just when it is asked for again.
+        assert eventually(lambda: missed(cache)["damaged"] >= 3)
         assert set(missed(cache)) <= {"damaged", "evicted"}
 
 
