@@ -225,9 +225,9 @@ class CacheEngine:
 
         `keys` is the whole sequence from its root. `gather` is called once for each chunk that is
         new (a memory tier in front knows), with host tensors of `namespace.layout` for `tokens`
-        (default `chunk_size`) tokens to fill; `copy_exact` fills them safely. Only that copy happens on the caller's thread,
-        besides storing in memory; slower tiers are written behind. Whatever `gather` raises
-        comes through; chunks before it are stored.
+        (default `chunk_size`) tokens to fill; `copy_exact` fills them safely. Only that copy
+        happens on the caller's thread, besides storing in memory; slower tiers are written behind.
+        Whatever `gather` raises comes through; chunks before it are stored.
         """
         if any(key.namespace != namespace.digest for key in keys):
             raise ValueError("keys of another namespace")

@@ -44,6 +44,8 @@ log = logging.getLogger("lmcache_core")
 
 _VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
 """Config keys that say nothing of what the KV will be."""
+_ODD = {"xlm", "flaubert", "moshi"}
+"""Models that put tokens of their own behind the prompt, or whose split prefill is another one."""
 _ONE_SEQUENCE = {
     "assistant_model": "assisted generation",
     "prompt_lookup_num_tokens": "prompt lookup",
@@ -498,6 +500,8 @@ class _Shape(NamedTuple):
             raise _NotCacheable("an encoder-decoder model")
         if _rope_types(config) & {"dynamic", "longrope"}:
             raise _NotCacheable("a position encoding that depends on the prompt's length")
+        if config.model_type in _ODD:
+            raise _NotCacheable("a model whose generate is not a plain continuation")
         if any(hasattr(module, "rope_deltas") for module in model.modules()):
             raise _NotCacheable("a model whose positions depend on earlier calls")
         layers = _probe(model, argument)

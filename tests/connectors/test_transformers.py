@@ -669,6 +669,12 @@ def vision() -> Any:
     return model
 
 
+def xlm() -> Any:
+    return other("XLMWithLMHeadModel", transformers.XLMConfig(
+        vocab_size=VOCABULARY, emb_dim=32, n_layers=2, n_heads=4, causal=True, use_lang_emb=False,
+        mask_token_id=3, pad_token_id=0, eos_token_id=2))  # fmt: skip
+
+
 def hooked() -> Any:
     model = build("llama")
     model.model.layers[0].register_forward_hook(lambda module, args, out: out)
@@ -684,6 +690,7 @@ def hooked() -> Any:
         (longrope, "depends on the prompt's length"),
         (vision, "positions depend on earlier calls"),
         (hooked, "a forward hook"),
+        (xlm, "not a plain continuation"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
