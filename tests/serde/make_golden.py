@@ -6,6 +6,7 @@ there is never written again: what was stored once must stay readable.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,12 +17,19 @@ from lmcache_core.chain import SerdeChain
 from lmcache_core.keys import FRAME_VERSION
 
 FOLDER = Path(__file__).parent / "golden"
-CHAINS = {
-    "raw": ["raw"],
-    "safetensors": ["safetensors"],
-    "zstd": ["raw", "zstd"],
-    "safetensors-zstd": ["safetensors", "zstd"],
+os.environ["LMCACHE_GOLDEN_KEY"] = "a5" * 32
+CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
+    "raw": [("raw", {})],
+    "safetensors": [("safetensors", {})],
+    "zstd": [("raw", {}), ("zstd", {})],
+    "safetensors-zstd": [("safetensors", {}), ("zstd", {})],
+    "int8": [("int8", {"exact_tokens": 2})],
+    "fp8": [("fp8", {"exact_layers": (1,)})],
+    "int4": [("int4", {"group": 2}), ("safetensors", {})],
+    "encrypt": [("zstd", {}), ("encrypt", {"key_env": "LMCACHE_GOLDEN_KEY"})],
 }
+LOSSY = {"int8": 0.05, "fp8": 0.25, "int4": 0.25}
+"""How far off the numbers of a chain may be; 0 for the others."""
 TOKENS = 5
 
 
@@ -53,6 +61,11 @@ def chunk() -> Chunk:
     return Chunk(key, namespace, 2, TOKENS, tensors)
 
 
+def chain(serdes: list[tuple[str, dict[str, object]]]) -> SerdeChain:
+    classes = [(component("serdes", name), options) for name, options in serdes]
+    return SerdeChain([cls(cls.Options(**options)) for cls, options in classes])
+
+
 def path(name: str, version: int = FRAME_VERSION) -> Path:
     """Where the frame of a chain lies."""
     return FOLDER / f"{name}.v{version}.frame"
@@ -64,9 +77,7 @@ def main() -> None:
         if path(name).exists():
             print(f"{path(name).name} is there and stays")
             continue
-        classes = [component("serdes", serde) for serde in serdes]
-        chain = SerdeChain([cls(cls.Options()) for cls in classes])
-        path(name).write_bytes(b"".join(frames.encode(chunk(), chain)))
+        path(name).write_bytes(b"".join(frames.encode(chunk(), chain(serdes))))
         print(f"{path(name).name} written")
 
 

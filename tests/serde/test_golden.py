@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lmcache_core import frame as frames
 from lmcache_core import known
@@ -14,12 +13,15 @@ FILES = sorted(make_golden.FOLDER.glob("*.frame"))
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_golden_frame_decodes(file) -> None:
+    name = file.name.split(".")[0]
+    make_golden.chain(make_golden.CHAINS[name])  # a process that was configured with the key
     expected = make_golden.chunk()
     got = frames.decode([memoryview(file.read_bytes())], expected.key)
     assert (got.namespace, got.index, got.tokens) == (expected.namespace, 2, 5)
     assert set(got.tensors) == set(expected.tensors)
-    for name, tensor in expected.tensors.items():
-        assert torch.equal(got.tensors[name], tensor)
+    for part, tensor in expected.tensors.items():
+        error = (got.tensors[part].float() - tensor.float()).abs().max()
+        assert float(error) <= make_golden.LOSSY.get(name, 0.0)
 
 
 def test_every_serde_has_its_golden_frame() -> None:

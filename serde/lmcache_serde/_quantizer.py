@@ -1,0 +1,153 @@
+"""What the quantizers share: which values they keep exact, and that NaN and Inf survive.
+
+Of a tensor [layers, kv_heads, tokens, dim] a quantizer is given only what it may round. Kept as
+they are:
+
+    chosen layers        `exact_layers`
+    the first tokens     `exact_tokens`, of a sequence's first chunk: attention sinks, whose large
+                         values would cost the others their precision
+    tokens that hold NaN, Inf or numbers so large that scaling could overflow
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from pydantic import Field
+
+from lmcache_core import ChunkInfo, LayoutError, Options, Tensors, TensorsToTensors
+
+LARGEST = 1e37
+"""Larger numbers are kept as they are."""
+SMALLEST = 1e-37
+"""A scale is at least this, so that all-zero and denormal tokens divide by something."""
+SLICES = 4
+"""Layers are taken in so many parts, so that their values in float32 are half a chunk at most."""
+
+
+def _without(tensor: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The tensor with tokens that are kept elsewhere replaced by one that is not, so that they
+    widen no range; by zero where all are."""
+    others = torch.ones(tensor.shape[2], dtype=torch.bool, device=tensor.device)
+    others[kept] = False
+    if not others.any():
+        return torch.zeros_like(tensor)
+    return tensor.index_copy(
+        2, kept, tensor[:, :, others.nonzero()[:1, 0]].expand(-1, -1, kept.numel(), -1)
+    )
+
+
+def magnitudes(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude over the last dimension, kept as 1; NaN counts as the largest.
+
+    Without their sign bit floats are in the order of their bits, and integers have a fast maximum.
+    """
+    integer = torch.int32 if tensor.dtype == torch.float32 else torch.int16
+    bits = tensor.contiguous().view(integer) & torch.iinfo(integer).max
+    return bits.amax(dim=-1, keepdim=True).view(tensor.dtype)
+
+
+class QuantizerOptions(Options):
+    """`exact_tokens`: how many of a sequence's first tokens to keep exact.
+    `exact_layers`: numbers of the decoder layers to keep exact."""
+
+    exact_tokens: int = Field(default=4, ge=0)
+    exact_layers: tuple[int, ...] = ()
+
+
+class Quantizer(TensorsToTensors):
+    """Base of the lossy serdes. Subclasses round tensors of finite, moderate numbers."""
+
+    Options = QuantizerOptions
+
+    @abstractmethod
+    def quantize(
+        self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
+    ) -> dict[str, torch.Tensor]:
+        """Codes and scales by name, each with layers as its first dimension.
+
+        tensor: [layers, kv_heads, tokens, dim], float32, float16 or bfloat16, not to be changed.
+        peaks: largest magnitudes over dim, [layers, kv_heads, tokens, 1], the same dtype.
+        part: "k" or "v".
+        """
+
+    @abstractmethod
+    def dequantize(
+        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The tensor again, of this shape and dtype, in memory of its own."""
+
+    def encode(self, tensors: Tensors, info: ChunkInfo) -> Tensors:
+        """Each tensor "x" becomes "x.*"."""
+        out: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            group = info.layout.groups[int(name[1 : name.index(".")])]
+            if group.kind == "opaque":
+                raise LayoutError(f"{self.name} cannot round KV in an engine's own packing")
+            exact, rounded = self._layers(group.layers, tensor.device)
+            if exact.numel():
+                out[f"{name}.layers"] = tensor[exact]
+            rest = tensor[rounded] if exact.numel() else tensor
+            if rest.numel():
+                out.update(self._encode(name, rest, info.index))
+        return out
+
+    def _encode(self, name: str, tensor: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        out: dict[str, torch.Tensor] = {}
+        values = tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor  # fp8 fits exactly
+        peaks = magnitudes(values)
+        kept = self._kept_tokens(peaks, index)
+        if kept.numel():
+            out[f"{name}.kept"] = tensor[:, :, kept]
+            out[f"{name}.at"] = kept.to(torch.int32)
+            values, peaks = _without(values, kept), _without(peaks, kept)
+        slices = zip(values.tensor_split(SLICES), peaks.tensor_split(SLICES), strict=True)
+        done = [self.quantize(*pair, name[-1]) for pair in slices if pair[0].numel()]
+        for suffix in done[0]:
+            out[f"{name}.{suffix}"] = torch.cat([parts[suffix] for parts in done])
+        return out
+
+    def _kept_tokens(self, peaks: torch.Tensor, index: int) -> torch.Tensor:
+        """Numbers of the tokens to keep as they are, ascending."""
+        keep = ~(peaks.float() < LARGEST).all(dim=0).all(dim=0).view(-1)  # NaN is not less
+        if index == 0:
+            keep[: self.options.exact_tokens] = True
+        return keep.nonzero().view(-1)
+
+    def _layers(
+        self, layers: tuple[int, ...], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the group's tensors to keep exact, and to round."""
+        exact = torch.tensor([layer in self.options.exact_layers for layer in layers])
+        numbers = torch.arange(len(layers))
+        return numbers[exact].to(device), numbers[~exact].to(device)
+
+    def decode(self, tensors: Tensors, info: ChunkInfo) -> Tensors:
+        """The layout's tensors."""
+        out: dict[str, torch.Tensor] = {}
+        for spec in info.layout.tensors(info.tokens):
+            group = info.layout.groups[int(spec.name[1 : spec.name.index(".")])]
+            exact, rounded = self._layers(group.layers, torch.device("cpu"))
+            dtype = getattr(torch, spec.dtype)
+            shape = (rounded.numel(), *spec.shape[1:])
+            rest = self._decode(spec.name, tensors, shape, dtype) if rounded.numel() else None
+            if rest is not None and not exact.numel():
+                out[spec.name] = rest
+                continue
+            whole = torch.empty(spec.shape, dtype=dtype)
+            whole[exact] = tensors[f"{spec.name}.layers"]
+            if rest is not None:
+                whole[rounded] = rest
+            out[spec.name] = whole
+        return out
+
+    def _decode(
+        self, name: str, tensors: Tensors, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        prefix = f"{name}."
+        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        tensor = self.dequantize(parts, name[-1], shape, dtype)
+        if "at" in parts:
+            tensor[:, :, parts["at"].long()] = parts["kept"]
+        return tensor

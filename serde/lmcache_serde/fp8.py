@@ -1,0 +1,49 @@
+"""fp8: e4m3 with one scale for each token, head and layer. About 1.94x for bf16.
+
+The scale maps a token's largest magnitude to 448, the largest e4m3 number, so nothing saturates.
+Three bits of mantissa: an error is at most 1/16 of the value, or 1/2**10 of a scale near zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lmcache_core import Tensors
+from lmcache_serde._quantizer import SMALLEST, Quantizer
+
+LARGEST_E4M3 = 448.0
+
+
+class Fp8(Quantizer):
+    """Keeps small values of a token better than int8, and large ones worse."""
+
+    name = "fp8"
+
+    def quantize(
+        self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
+    ) -> dict[str, torch.Tensor]:
+        scale_dtype = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
+        scale = (peaks.float() / LARGEST_E4M3).clamp_min_(SMALLEST).to(scale_dtype)
+        scaled = tensor.to(torch.float32, copy=True).div_(scale.float())
+        codes = scaled.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+        return {"codes": codes, "scale": scale}
+
+    def dequantize(
+        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        values = _bfloat16(parts["codes"].view(shape))
+        scale = parts["scale"].view(*shape[:-1], 1)
+        if dtype == torch.bfloat16:
+            return values.mul_(scale)
+        return values.float().mul_(scale).to(dtype)
+
+
+def _bfloat16(codes: torch.Tensor) -> torch.Tensor:
+    """The same numbers in bfloat16, ten times as fast as a cast on a CPU.
+
+    Shifted by four bits, exponent and mantissa of e4m3 stand where bfloat16 has the low bits of
+    its exponent and the high ones of its mantissa: the number, subnormals too, times 2**-120.
+    """
+    bits = codes.view(torch.int8).to(torch.int16)
+    bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)  # 0x87f0: sign, exponent, mantissa
+    return bits.view(torch.bfloat16).mul_(2.0**120)

@@ -1,0 +1,91 @@
+"""int4: four bits a value, asymmetric. About 3.2x for bf16 with groups of 32, 3.55x with 64.
+
+Keys have channels that are large for every token, so each channel of a head has its own range, in
+groups of tokens. Values have no such channels, so each token has its own, in groups of channels.
+This is the scheme of KIVI (Liu et al. 2024, arXiv:2402.02750).
+
+    value = code * scale + low        low, scale: of a group, 16 bits each
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from lmcache_core import Tensors
+from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions
+
+LEVELS = 15
+
+
+class Int4Options(QuantizerOptions):
+    """`group`: values that share a range; smaller is more exact and takes more space."""
+
+    group: int = Field(default=32, ge=2)
+
+
+class Int4(Quantizer):
+    """An error is at most one half of a 15th of the group's range, and rounding to 16 bits."""
+
+    name = "int4"
+    Options = Int4Options
+
+    def quantize(
+        self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
+    ) -> dict[str, torch.Tensor]:
+        wide = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
+        grouped = self._grouped(tensor.to(torch.float32, copy=True), part)
+        along = -2 if part == "k" else -1
+        low = grouped.amin(dim=along, keepdim=True).to(wide)
+        high = grouped.amax(dim=along, keepdim=True)
+        scale = ((high - low.float()) / LEVELS).clamp_min_(SMALLEST).to(wide)
+        codes = grouped.sub_(low.float()).div_(scale.float()).round_().clamp_(0, LEVELS)
+        return {"codes": _pack(codes.to(torch.uint8)), "low": low, "scale": scale}
+
+    def dequantize(
+        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        low, scale = parts["low"], parts["scale"]
+        along = -2 if part == "k" else -1
+        grouped = list(low.shape)
+        grouped[along] = self.options.group
+        values = _unpack(parts["codes"], grouped, low.dtype).mul_(scale).add_(low)
+        tokens, dim = shape[2:]
+        flat = values.view(*shape[:2], -1, dim) if part == "k" else values.flatten(3)
+        return flat[:, :, :tokens, :dim].to(dtype)
+
+    def _grouped(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
+        """Keys as [layers, kv_heads, groups, group, dim], values as [layers, kv_heads, tokens,
+        groups, group]; what is missing in the last group repeats its last number."""
+        layers, heads, tokens, dim = tensor.shape
+        group = self.options.group
+        if part == "k":
+            padded = _padded(tensor, 2, -tokens % group)
+            return padded.view(layers, heads, -1, group, dim)
+        return _padded(tensor, 3, -dim % group).view(layers, heads, tokens, -1, group)
+
+
+def _padded(tensor: torch.Tensor, along: int, count: int) -> torch.Tensor:
+    """The tensor with its last slice along a dimension repeated `count` times more."""
+    if not count:
+        return tensor
+    last = tensor.narrow(along, tensor.shape[along] - 1, 1)
+    return torch.cat([tensor, *[last] * count], dim=along)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte: of each layer the first half in the low bits, the second in the high."""
+    flat = codes.flatten(1)
+    half = (flat.shape[1] + 1) // 2
+    packed = flat[:, :half].clone()
+    packed[:, : flat.shape[1] - half] |= flat[:, half:] << 4
+    return packed
+
+
+def _unpack(packed: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    flat = out.flatten(1)
+    half = packed.shape[1]
+    flat[:, :half] = packed & LEVELS
+    flat[:, half:] = (packed >> 4)[:, : flat.shape[1] - half]
+    return out

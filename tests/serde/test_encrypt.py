@@ -1,0 +1,136 @@
+"""encrypt: opens with the right key, under the right chunk key, and not otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.exceptions import InvalidTag
+
+import lmcache_core
+from lmcache_core import Chunk, ConfigError, FrameError, Namespace, Serde, tenant_digest
+from lmcache_core import chain as chains
+from lmcache_core import frame as frames
+from lmcache_core.chain import SerdeChain
+from lmcache_core.frame import decode, encode
+from lmcache_core.testing import SerdeConformance, make_chunk, tiny_layout
+from lmcache_core.testing.serde import resealed
+from lmcache_serde import encrypt
+from lmcache_serde.encrypt import Encrypt
+
+KEY, OTHER = "0f" * 32, "1e" * 32
+
+
+@pytest.fixture(autouse=True)
+def _keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_KEY", KEY)
+    monkeypatch.setenv("OTHER_KEY", OTHER)
+
+
+def made(**options: Any) -> Encrypt:
+    return Encrypt(Encrypt.Options(**options))
+
+
+def frame_of(chunk: Chunk, **options: Any) -> bytes:
+    return b"".join(encode(chunk, SerdeChain([made(**options)])))
+
+
+class TestEncrypt(SerdeConformance):
+    checks_itself = True
+    deterministic = False
+
+    @pytest.fixture
+    def serde(self, _keys: None) -> Serde:
+        return made(key_env="KV_KEY")
+
+
+def test_a_key_comes_from_a_file_too_raw_or_as_hex(tmp_path: Path) -> None:
+    chunk = make_chunk(tiny_layout(), 9)
+    (tmp_path / "raw").write_bytes(bytes.fromhex(KEY))
+    (tmp_path / "hex").write_text(KEY + "\n")
+    data = frame_of(chunk, key_file=tmp_path / "raw")
+    assert made(key_file=tmp_path / "hex").options == made(key_env="KV_KEY").options
+    assert decode([memoryview(data)], chunk.key).tokens == 9
+
+
+def test_a_frame_whose_key_is_not_configured_is_unreadable_not_damaged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a node with another key does not delete it."""
+    chunk = make_chunk(tiny_layout(), 9)
+    monkeypatch.setenv("RARE_KEY", "77" * 32)
+    data = frame_of(chunk, key_env="RARE_KEY")
+    monkeypatch.setattr(encrypt, "_KEYS", {})
+    chains._from_spec.cache_clear()
+    frames._parse.cache_clear()
+    with pytest.raises(FrameError) as raised:
+        decode([memoryview(data)], chunk.key)
+    assert raised.value.reason == "unreadable"
+
+
+def test_a_payload_under_another_chunk_key_or_place_does_not_open() -> None:
+    layout = tiny_layout()
+    one, two = make_chunk(layout, 9, index=0), make_chunk(layout, 9, index=1)
+    data = bytearray(frame_of(one, key_env="KV_KEY"))
+    for start, end, value in ((32, 64, two.key), (16, 20, b"\x01\0\0\0")):
+        moved = bytearray(data)
+        moved[start:end] = value
+        with pytest.raises(FrameError, match="does not decode"):
+            decode([memoryview(resealed(moved))], bytes_key(moved))
+
+
+def bytes_key(data: bytearray) -> lmcache_core.ChunkKey:
+    return lmcache_core.ChunkKey(bytes(data[32:64]))
+
+
+def test_no_tenants_data_opens_with_anothers_derived_key() -> None:
+    def ciphertext(tenant: str) -> tuple[Encrypt, bytes, bytes]:
+        ns = Namespace(model="m", layout=tiny_layout(), tenant=tenant_digest(tenant))
+        context = ns.keys(range(4), 4)[0] + b"the rest"
+        serde = made(key_env="KV_KEY")
+        return serde, context, b"".join(serde.encode([memoryview(b"secret")], context))
+
+    serde, mine, data = ciphertext("a")
+    _, theirs, _ = ciphertext("b")
+    assert bytes(serde.decode(memoryview(data), mine, bytearray, 100)) == b"secret"
+    with pytest.raises(InvalidTag):
+        serde.decode(memoryview(data), theirs, bytearray, 100)
+    cipher = encrypt._cipher(bytes.fromhex(KEY), theirs[:16])
+    with pytest.raises(InvalidTag):  # not even with the other's associated data
+        cipher.decrypt(data[:12], data[12:], mine)
+
+
+def test_the_key_is_nowhere_to_be_seen() -> None:
+    chunk = make_chunk(tiny_layout(), 9)
+    serde = made(key_env="KV_KEY")
+    data = frame_of(chunk, key_env="KV_KEY")
+    for shown in (repr(serde.options), repr(serde), repr(SerdeChain([serde]).spec)):
+        assert KEY not in shown
+        assert "KV_KEY" not in shown
+    assert bytes.fromhex(KEY) not in data
+    assert KEY.encode() not in data
+
+
+def test_equal_chunks_do_not_look_equal() -> None:
+    chunk = make_chunk(tiny_layout(), 9)
+    assert len({frame_of(chunk, key_env="KV_KEY") for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "expected either key_file or key_env"),
+        ({"key_env": "KV_KEY", "key_file": "x"}, "expected either key_file or key_env"),
+        ({"key_env": "NO_SUCH_VARIABLE"}, "the variable NO_SUCH_VARIABLE is not set"),
+        ({"key_file": "/no/such/file"}, "/no/such/file cannot be read: No such file"),
+        ({"key_env": "SHORT"}, "the variable SHORT must hold 32 bytes"),
+    ],
+)
+def test_a_missing_or_wrong_key_is_a_config_error(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], says: str
+) -> None:
+    monkeypatch.setenv("SHORT", "abc")
+    tier = {"backend": "local_cpu", "capacity": 9, "serde": [{"encrypt": options}]}
+    with pytest.raises(ConfigError, match=says):
+        lmcache_core.open({"tiers": [tier]})
