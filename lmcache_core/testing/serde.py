@@ -88,6 +88,15 @@ class SerdeConformance:
         for name, tensor in chunk.tensors.items():
             assert torch.equal(tensor, before[name])
 
+    def test_decoding_leaves_the_payload_alone(self, serde: Serde) -> None:
+        """It may lie in a memory tier and be decoded again."""
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 40)
+        data = bytearray(encoded(serde, chunk))
+        before = bytes(data)
+        for _ in range(2):
+            frame.decode([memoryview(data)], chunk.key)
+        assert bytes(data) == before
+
     def test_tensors_of_any_strides_are_taken(self, serde: Serde) -> None:
         layout = tiny_layout(self.dtypes[0])
         tensors = {n: t.transpose(0, 2).contiguous().transpose(0, 2)

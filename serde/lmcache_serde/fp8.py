@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_core import Tensors
+from lmcache_core import Tensors, scratch
 from lmcache_serde._quantizer import SMALLEST, Quantizer
 
 LARGEST_E4M3 = 448.0
@@ -31,11 +31,11 @@ class Fp8(Quantizer):
     def dequantize(
         self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        values = _bfloat16(parts["codes"].view(shape))
         scale = parts["scale"].view(*shape[:-1], 1)
+        values = _bfloat16(parts["codes"].view(shape))
         if dtype == torch.bfloat16:
             return values.mul_(scale)
-        return values.float().mul_(scale).to(dtype)
+        return scratch(shape, dtype, values.device).copy_(values.float().mul_(scale))
 
 
 def _bfloat16(codes: torch.Tensor) -> torch.Tensor:
@@ -44,6 +44,8 @@ def _bfloat16(codes: torch.Tensor) -> torch.Tensor:
     Shifted by four bits, exponent and mantissa of e4m3 stand where bfloat16 has the low bits of
     its exponent and the high ones of its mantissa: the number, subnormals too, times 2**-120.
     """
-    bits = codes.view(torch.int8).to(torch.int16)
+    out = scratch(codes.shape, torch.bfloat16, codes.device)
+    bits = out.view(torch.int16)
+    bits.copy_(codes.view(torch.int8))  # extends the sign
     bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)  # 0x87f0: sign, exponent, mantissa
-    return bits.view(torch.bfloat16).mul_(2.0**120)
+    return out.mul_(2.0**120)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from lmcache_core import Tensors
+from lmcache_core import Tensors, scratch
 from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions
 
 LEVELS = 15
@@ -83,7 +83,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    out = torch.empty(shape, dtype=dtype)
+    out = scratch(shape, dtype, packed.device)
     flat = out.flatten(1)
     half = packed.shape[1]
     flat[:, :half] = packed & LEVELS

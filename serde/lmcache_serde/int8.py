@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_core import Tensors
+from lmcache_core import Tensors, scratch
 from lmcache_serde._quantizer import SMALLEST, Quantizer
 
 
@@ -30,6 +30,7 @@ class Int8(Quantizer):
         self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> torch.Tensor:
         codes, scale = parts["codes"].view(shape), parts["scale"].view(*shape[:-1], 1)
+        out = scratch(shape, dtype, codes.device)
         if dtype == torch.bfloat16:
-            return codes.to(dtype).mul_(scale)
-        return codes.float().mul_(scale).to(dtype)
+            return torch.mul(codes, scale, out=out)
+        return out.copy_(codes.float().mul_(scale))

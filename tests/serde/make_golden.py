@@ -23,6 +23,8 @@ CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "safetensors": [("safetensors", {})],
     "zstd": [("raw", {}), ("zstd", {})],
     "safetensors-zstd": [("safetensors", {}), ("zstd", {})],
+    "byteplane": [("byteplane", {})],
+    "byteplane-zstd": [("byteplane", {}), ("zstd", {})],
     "int8": [("int8", {"exact_tokens": 2})],
     "fp8": [("fp8", {"exact_layers": (1,)})],
     "int4": [("int4", {"group": 2}), ("safetensors", {})],
