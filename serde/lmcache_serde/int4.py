@@ -9,6 +9,8 @@ This is the scheme of KIVI (Liu et al. 2024, arXiv:2402.02750).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 
@@ -48,17 +50,21 @@ class Int4(Quantizer):
         low, scale = parts["low"], parts["scale"]
         along = -2 if part == "k" else -1
         grouped = list(low.shape)
-        grouped[along] = self.options.group
+        grouped[along] = self._group(shape, part)
         values = _unpack(parts["codes"], grouped, low.dtype).mul_(scale).add_(low)
         tokens, dim = shape[2:]
         flat = values.view(*shape[:2], -1, dim) if part == "k" else values.flatten(3)
         return flat[:, :, :tokens, :dim].to(dtype)
 
+    def _group(self, shape: Sequence[int], part: str) -> int:
+        """As many as the option says, or as there are."""
+        return min(self.options.group, shape[2] if part == "k" else shape[3])
+
     def _grouped(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
         """Keys as [layers, kv_heads, groups, group, dim], values as [layers, kv_heads, tokens,
         groups, group]; what is missing in the last group repeats its last number."""
         layers, heads, tokens, dim = tensor.shape
-        group = self.options.group
+        group = self._group(tensor.shape, part)
         if part == "k":
             padded = _padded(tensor, 2, -tokens % group)
             return padded.view(layers, heads, -1, group, dim)
