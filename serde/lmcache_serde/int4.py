@@ -58,7 +58,7 @@ class Int4(Quantizer):
 
     def _group(self, shape: Sequence[int], part: str) -> int:
         """As many as the option says, or as there are."""
-        return min(self.options.group, shape[2] if part == "k" else shape[3])
+        return min(int(self.options.group), shape[2] if part == "k" else shape[3])
 
     def _grouped(self, tensor: torch.Tensor, part: str) -> torch.Tensor:
         """Keys as [layers, kv_heads, groups, group, dim], values as [layers, kv_heads, tokens,
