@@ -18,6 +18,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test: lint $(OLDEST)
+	sh .ci/servers
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
