@@ -117,6 +117,10 @@ class Proxy:
         self.connections = 0
         self.asked = 0
         """Bytes that clients sent, over all connections."""
+        self.answered = 0
+        """Bytes that the server sent."""
+        self.round_trips = 0
+        """Times that a client sent something after the server had."""
         self._target = port
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -161,6 +165,7 @@ class Proxy:
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         passed = 0
+        speaking: socket.socket = server
         while not self._closing.is_set():
             stalled = self.stall_after is not None and passed >= self.stall_after
             for sock in select.select([client] if stalled else [client, server], [], [], 0.05)[0]:
@@ -169,10 +174,14 @@ class Proxy:
                     return
                 if sock is client:
                     self.asked += len(data)
+                    self.round_trips += speaking is server
+                speaking = sock
+                if sock is client:
                     server.sendall(data)
                     continue
                 client.sendall(self._changed(data, passed))
                 passed += len(data)
+                self.answered += len(data)
                 if self.cut_after is not None and passed >= self.cut_after:
                     return
                 if self.rate is not None:

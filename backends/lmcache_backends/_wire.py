@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import select
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -77,9 +78,7 @@ class Wire:
         if isinstance(self._sock, ssl.SSLSocket):
             return self._send_encrypted(self._sock, left)
         while left:
-            self._wait()
-            sent = self._sock.sendmsg(left[:_IOV_MAX])
-            self._moved(sent)
+            sent = self._move(self._sock.sendmsg, left[:_IOV_MAX])
             while left and sent >= left[0].nbytes:
                 sent -= left.pop(0).nbytes
             if sent:
@@ -95,10 +94,7 @@ class Wire:
                     together += left.pop(0)
                 part = memoryview(together)
             while part.nbytes:
-                self._wait()
-                sent = sock.send(part[: 1 << 20])
-                self._moved(sent)
-                part = part[sent:]
+                part = part[self._move(sock.send, part[: 1 << 20]) :]
 
     def line(self) -> bytes:
         """The next line, without its CR LF."""
@@ -145,19 +141,19 @@ class Wire:
         self._sock.close()
 
     def _receive(self, target: memoryview) -> int:
-        self._wait()
-        n = self._sock.recv_into(target)
+        n = self._move(self._sock.recv_into, target)
         if n == 0:
             raise StorageError("the server closed the connection")
-        self._moved(n)
         return n
 
-    def _wait(self) -> None:
+    def _move(self, step: Callable[..., int], what: object) -> int:
+        """How many bytes one system call moved; the patience grows with them."""
         left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError(f"no answer within {self._patience:.3g} s")
-        self._sock.settimeout(left)
-
-    def _moved(self, nbytes: int) -> None:
-        latest = time.monotonic() + self._patience
-        self._deadline = min(latest, self._deadline + nbytes / SLOWEST)
+        if left > 0:
+            self._sock.settimeout(left)
+            with contextlib.suppress(TimeoutError):
+                moved = step(what)
+                latest = time.monotonic() + self._patience
+                self._deadline = min(latest, self._deadline + moved / SLOWEST)
+                return moved
+        raise TimeoutError(f"no answer within {self._patience:.3g} s")
