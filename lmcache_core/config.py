@@ -195,7 +195,9 @@ def _explain(details: Any, known: Sequence[str]) -> str:
 def _shown(key: str, value: object) -> str:
     if _SECRET.search(key):
         return "*** (not shown)"
-    text = re.sub(r"://[^/@\s]*@", "://***@", repr(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_shown(str(name), v)}" for name, v in value.items()) + "}"
+    text = re.sub(r"://\S*@", "://***@", repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -593,7 +593,7 @@ def _translated(error: Exception, address: Address) -> Exception:
     text = f"{address}: {error}"
     if isinstance(error, redis.TimeoutError):
         return TimeoutError(text)
-    if isinstance(error, redis.AuthenticationError) or _is_refusal(str(error)):
+    if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError):
         return Refused(text)
     cause: BaseException | None = error
     while cause is not None:
@@ -601,10 +601,6 @@ def _translated(error: Exception, address: Address) -> Exception:
             return Refused(text)
         cause = cause.__cause__ or cause.__context__
     return StorageError(text)
-
-
-def _is_refusal(text: str) -> bool:
-    return text.startswith(("NOAUTH", "WRONGPASS", "NOPERM"))
 
 
 def _master(seed: Address, service: str, answer: Any) -> Address:
@@ -657,8 +653,6 @@ def _taken(lane: _Lane, line: bytes) -> bool:
 
 
 def _unexpected(lane: _Lane, line: bytes) -> StorageError:
-    text = line.decode(errors="replace")
-    if text.startswith("-"):
-        kind = Refused if _is_refusal(text[1:]) else StorageError
-        return kind(f"{lane.link.address}: {text[1:]}")
-    return StorageError(f"{lane.link.address}: the answer is not what the protocol says")
+    told = line.startswith(b"-")
+    text = line[1:].decode(errors="replace") if told else "the answer is not what the protocol says"
+    return StorageError(f"{lane.link.address}: {text}")

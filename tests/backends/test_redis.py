@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+import random
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import redis as stock
+from redis.crc import key_slot
 
+import lmcache_core
 from lmcache_backends.redis import RedisBackend, RedisOptions
-from lmcache_core import ChunkKey, StorageBackend
-from lmcache_core.testing import BackendConformance
-from tests.servers import Server, answers, free_port, program, running
+from lmcache_core import ChunkKey, ConfigError, StorageBackend
+from lmcache_core.testing import BackendConformance, no_leaks
+from tests.backends.redis_servers import cluster, eventually, redis_server, sentinels
+from tests.certificates import Authority
+from tests.servers import Proxy, Server, free_port, running
 
-
-def redis_server(folder: Path, port: int, *options: str) -> Server:
-    """A server on `port` that keeps nothing on disk."""
-    command = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1"]
-    command += ["--dir", str(folder), "--save", "", "--appendonly", "no", *options]
-    return Server(command, answers(port, b"PING\r\n", b"+PONG"), folder / f"redis-{port}.log")
+LONG = 20.0
+SHORT = 0.3
+"""Seconds of patience where a fault is to cost it."""
 
 
 class RawRedis:
@@ -35,14 +40,13 @@ class RawRedis:
         self._client.set(f"{self._prefix}:{key}", value)
 
     def keys(self) -> set[ChunkKey]:
-        return {
-            ChunkKey.parse(name.decode().split(":")[1])
-            for name in self._client.scan_iter(f"{self._prefix}:*", 1000)
-        }
+        names = self._client.scan_iter(f"{self._prefix}:*", 1000)
+        return {ChunkKey.parse(name.decode().split(":")[1]) for name in names}
 
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A server for all tests that do it no harm."""
     port = free_port()
     with running(redis_server(tmp_path_factory.mktemp("redis"), port)):
         yield port
@@ -55,8 +59,24 @@ def client(port: int) -> Iterator[stock.Redis]:
         yield client
 
 
-def opener(url: str, **options: object) -> Callable[[], RedisBackend]:
-    return functools.partial(RedisBackend, RedisOptions(url=url, **options))
+@pytest.fixture
+def proxy(port: int, client: stock.Redis) -> Iterator[Proxy]:
+    with Proxy(port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[int, Server]]:
+    """A server to be killed and frozen."""
+    port = free_port()
+    with running(redis_server(tmp_path, port)) as server:
+        yield port, server
+
+
+def opener(*ports: int, **options: object) -> Callable[[], RedisBackend]:
+    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+    options = {"url": f"redis://{hosts}", **options}
+    return functools.partial(RedisBackend, RedisOptions(**options))
 
 
 class TestRedis(BackendConformance):
@@ -68,4 +88,710 @@ class TestRedis(BackendConformance):
 
     @pytest.fixture
     def open_backend(self, port: int, client: stock.Redis) -> Callable[[], StorageBackend]:
-        return opener(f"redis://127.0.0.1:{port}")
+        return opener(port)
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(random.Random(number).randbytes(32))
+
+
+def keys(*numbers: int) -> list[ChunkKey]:
+    return [key(n) for n in numbers]
+
+
+def value(number: int, nbytes: int = 50_000) -> bytes:
+    return random.Random(number).randbytes(nbytes)
+
+
+def put(backend: StorageBackend, *numbers: int, nbytes: int = 50_000, timeout: float = LONG) -> int:
+    chain = keys(*numbers)
+    frames = [(k, [memoryview(value(n, nbytes))]) for n, k in zip(numbers, chain, strict=True)]
+    return backend.put(frames, chain, timeout)
+
+
+def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
+    got = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), timeout)
+    return {numbers[i]: b"".join(parts) for i, parts in got}
+
+
+def everything(backend: StorageBackend, *numbers: int, nbytes: int = 50_000) -> bool:
+    return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
+
+
+@pytest.fixture
+def backend(port: int, client: stock.Redis) -> Iterator[RedisBackend]:
+    with no_leaks():
+        backend = opener(port)()
+        yield backend
+        backend.close()
+
+
+# Round trips and copies
+
+
+def test_a_lookup_of_any_number_of_chunks_is_one_round_trip(proxy: Proxy) -> None:
+    backend = opener(proxy.port)()
+    numbers = range(128)
+    put(backend, *numbers, nbytes=100)
+    before = proxy.round_trips
+    assert all(backend.contains(keys(*numbers), LONG))
+    assert proxy.round_trips == before + 1
+    backend.delete(keys(*numbers), LONG)
+    assert proxy.round_trips == before + 2
+    assert proxy.connections == 1
+    backend.close()
+
+
+def test_values_are_neither_copied_nor_joined(backend: RedisBackend) -> None:
+    nbytes = 8 << 20
+    parts = [memoryview(value(1, nbytes // 2)), memoryview(value(2, nbytes // 2))]
+    target = memoryview(bytearray(nbytes))
+    backend.contains([key(1)], LONG)
+    tracemalloc.start()
+    backend.put([(key(1), parts)], [key(1)], LONG)
+    ((_, got),) = backend.get([key(1)], lambda n: target[:n], LONG)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+    assert got[0].obj is target.obj
+    assert target == b"".join(parts)
+
+
+def test_two_nodes_that_store_the_same_chunk_keep_the_first(
+    port: int, client: stock.Redis, backend: RedisBackend
+) -> None:
+    other = opener(port)()
+    put(backend, 1, 2)
+    frames = [(key(n), [memoryview(b"the other's")]) for n in (2, 3)]
+    assert other.put(frames, keys(2, 3), LONG) == 2
+    assert get(other, 2, 3) == {2: value(2), 3: b"the other's"}
+    other.close()
+
+
+# Keys
+
+
+def test_deployments_share_a_server_under_their_prefixes(port: int, client: stock.Redis) -> None:
+    one, two = opener(port)(), opener(port, prefix="team-b")()
+    client.set("lmcache:not-a-key", "x")
+    client.set(f"lmcache:{key(9)}:more", "x")
+    put(one, 1)
+    put(two, 2)
+    assert one.contains(keys(1, 2), LONG) == [True, False]
+    assert [stored.key for stored in one.scan()] == [key(1)]
+    assert [stored.key for stored in two.scan()] == [key(2)]
+    assert client.exists(f"team-b:{key(2)}")
+    one.close()
+    two.close()
+
+
+def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
+    port: int, client: stock.Redis
+) -> None:
+    plain, refreshing = opener(port, ttl="90s")(), opener(port, ttl="90s", refresh=True)()
+    put(plain, 1)
+    name = f"lmcache:{key(1)}"
+    assert 0 < client.pttl(name) <= 90_000
+    client.pexpire(name, 1000)
+    plain.touch([key(1)], LONG)
+    assert client.pttl(name) <= 1000
+    refreshing.touch([key(1)], LONG)
+    assert client.pttl(name) > 80_000
+    client.pexpire(name, 1000)
+    put(refreshing, 1)  # there already, and used
+    assert client.pttl(name) > 80_000
+    client.pexpire(name, 1)
+    eventually(lambda: plain.contains([key(1)], LONG) == [False])
+    plain.close()
+    refreshing.close()
+
+
+def test_without_a_ttl_chunks_stay(client: stock.Redis, backend: RedisBackend) -> None:
+    put(backend, 1)
+    assert client.pttl(f"lmcache:{key(1)}") == -1
+
+
+def test_a_key_of_another_type_is_found_out_and_can_be_removed(
+    client: stock.Redis, backend: RedisBackend
+) -> None:
+    put(backend, 1, 3)
+    client.rpush(f"lmcache:{key(2)}", "a list")
+    assert get(backend, 1, 2, 3) == {1: value(1), 2: b"", 3: value(3)}
+    assert {stored.key: stored.nbytes for stored in backend.scan()}[key(2)] == 0
+    backend.delete([key(2)], LONG)
+    assert put(backend, 2) == 1
+    assert everything(backend, 1, 2, 3)
+
+
+# A server that is gone, frozen, slow
+
+
+def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Server]) -> None:
+    port, process = server
+    backend = opener(port)()
+    put(backend, 1)
+    process.kill()
+    with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
+        backend.contains([key(1)], SHORT)
+    process.start()
+    assert backend.contains([key(1)], SHORT) == [False]
+    process.kill()
+    process.start()
+    assert put(backend, 1) == 1
+    assert everything(backend, 1)
+    backend.close()
+
+
+def test_a_server_that_is_down_at_first_is_used_when_it_comes(tmp_path: Path) -> None:
+    port = free_port()
+    backend = opener(port)()
+    with pytest.raises(lmcache_core.StorageError):
+        backend.ping(SHORT)
+    with running(redis_server(tmp_path, port)):
+        backend.ping(SHORT)
+        assert put(backend, 1) == 1
+    backend.close()
+
+
+def test_kill_9_in_the_middle_of_a_load_and_of_a_store(server: tuple[int, Server]) -> None:
+    port, process = server
+    backend = opener(port)()
+    numbers = range(12)
+    put(backend, *numbers, nbytes=4 << 20)
+    arriving = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), LONG)
+    i, parts = next(arriving)
+    process.kill()
+    whole = {i: b"".join(parts)}
+    with pytest.raises((lmcache_core.StorageError, OSError)):
+        whole.update((i, b"".join(parts)) for i, parts in arriving)
+    assert all(got == value(numbers[i], 4 << 20) for i, got in whole.items())
+    process.start()
+
+    def dying() -> Iterator[memoryview]:
+        yield memoryview(value(1, 4 << 20))
+        process.kill()
+        yield memoryview(value(2, 4 << 20))
+
+    with pytest.raises((lmcache_core.StorageError, OSError)):
+        backend.put([(key(1), Lazy(dying(), 2, 8 << 20))], [key(1)], LONG)  # type: ignore[list-item]
+    process.start()
+    assert backend.contains([key(1)], LONG) == [False]
+    assert put(backend, *numbers) == 12
+    assert everything(backend, *numbers)
+    backend.close()
+
+
+class Lazy(Sequence[memoryview]):
+    """Parts made when they are asked for, so that something can happen between them."""
+
+    def __init__(self, parts: Iterator[memoryview], count: int, nbytes: int) -> None:
+        self._parts, self._count = parts, count
+        self._sizes = [nbytes // count] * count
+        self._sized = False
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: object) -> memoryview:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[memoryview]:
+        if not self._sized:
+            self._sized = True
+            return iter([memoryview(bytes(n)) for n in self._sizes])
+        return self._parts
+
+
+def test_a_frozen_server_costs_the_patience_and_then_works_again(
+    server: tuple[int, Server],
+) -> None:
+    port, process = server
+    backend = opener(port)()
+    put(backend, 1)
+    process.freeze()
+    for call in (
+        lambda: backend.contains([key(1)], SHORT),
+        lambda: get(backend, 1, timeout=SHORT),
+        lambda: put(backend, 2, nbytes=32 << 20, timeout=SHORT),
+        lambda: backend.ping(SHORT),
+        lambda: backend.touch([key(1)], SHORT),
+        lambda: backend.delete([key(1)], SHORT),
+    ):
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            call()
+        assert time.monotonic() - began < SHORT + 3.0  # 32 MiB may take 2 s more
+    process.thaw()
+    eventually(lambda: backend_answers(backend, 1))
+    assert put(backend, 1, 3) == 2
+    assert everything(backend, 1, 3)
+    backend.close()
+
+
+def test_a_paused_server_costs_the_patience(client: stock.Redis, backend: RedisBackend) -> None:
+    put(backend, 1)
+    client.client_pause(700)
+    with pytest.raises(TimeoutError):
+        backend.contains([key(1)], 0.1)
+    assert backend.contains([key(1)], LONG) == [True]
+
+
+def test_a_server_that_accepts_and_never_answers(server: tuple[int, Server]) -> None:
+    port, process = server
+    process.freeze()
+    began = time.monotonic()
+    backend = opener(port)()  # costs its own patience once, and is no error
+    assert time.monotonic() - began < 3.0
+    process.thaw()
+    assert put(backend, 1) == 1
+    backend.close()
+
+
+# A network that cuts, stalls and garbles
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall"])
+def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str) -> None:
+    """Whatever comes before the fault is right; what comes after it is an error, at once or after
+    the patience; and when the network is well again, so are we."""
+    backend = opener(proxy.port)()
+    put(backend, *range(6), nbytes=3000)
+    chance = random.Random(1)
+    offsets = [*range(12), *(chance.randrange(20_000) for _ in range(20 if fault == "cut" else 4))]
+    for offset in offsets:
+        backend._links._distrust()
+        setattr(proxy, f"{fault}_after", offset)
+        got: dict[int, bytes] = {}
+        patience = LONG if fault == "cut" else 0.05
+        try:
+            for i, parts in backend.get(
+                keys(*range(6)), lambda n: memoryview(bytearray(n)), patience
+            ):
+                got[i] = b"".join(parts)
+            assert len(got) == 6
+        except (lmcache_core.StorageError, OSError):
+            assert len(got) < 6
+        assert all(v == value(n, 3000) for n, v in got.items())
+        proxy.heal()
+        assert everything(backend, *range(6), nbytes=3000)
+    backend.close()
+
+
+def test_garbage_is_an_error_or_stays_within_its_value(proxy: Proxy) -> None:
+    """A checksum finds damage within a value; no value may be taken for another's."""
+    backend = opener(proxy.port)()
+    put(backend, *range(6), nbytes=3000)
+    chance = random.Random(2)
+    for _ in range(150):
+        backend._links._distrust()
+        proxy.garble_at = (chance.randrange(19_000), chance.randbytes(chance.choice((1, 2, 9))))
+        got: dict[int, bytes] = {}
+        try:
+            for i, parts in backend.get(keys(*range(6)), lambda n: memoryview(bytearray(n)), 0.2):
+                got[i] = b"".join(parts)
+        except (lmcache_core.StorageError, OSError, MemoryError):
+            pass
+        for n, v in got.items():
+            same = sum(a == b for a, b in zip(v, value(n, 3000), strict=False))
+            assert same >= len(v) - 9
+        proxy.heal()
+        assert everything(backend, *range(6), nbytes=3000)
+    backend.close()
+
+
+def test_a_line_that_is_too_slow_is_given_up(proxy: Proxy) -> None:
+    backend = opener(proxy.port)()
+    put(backend, 1, nbytes=1 << 20)
+    proxy.rate = 100_000.0
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        get(backend, 1, timeout=SHORT)
+    assert time.monotonic() - began < 2.0
+    proxy.heal()
+    assert everything(backend, 1, nbytes=1 << 20)
+    backend.close()
+
+
+# A server that refuses
+
+
+def test_a_full_server_takes_what_fits_and_goes_on_serving(tmp_path: Path) -> None:
+    port = free_port()
+    limits = ["--maxmemory", "4mb", "--maxmemory-policy", "noeviction"]
+    with running(redis_server(tmp_path, port, *limits)):
+        backend = opener(port)()
+        stored = put(backend, *range(12), nbytes=400_000)
+        assert 3 < stored < 12
+        assert everything(backend, *range(stored), nbytes=400_000)
+        assert put(backend, 20, nbytes=400_000) == 0
+        backend.delete(keys(*range(stored + 2)), LONG)
+        assert put(backend, 20, nbytes=400_000) == 1
+        backend.close()
+
+
+def test_a_server_that_evicts_makes_room_by_itself(tmp_path: Path) -> None:
+    port = free_port()
+    limits = ["--maxmemory", "4mb", "--maxmemory-policy", "allkeys-lru"]
+    with running(redis_server(tmp_path, port, *limits)):
+        backend = opener(port)()
+        for n in range(40):
+            assert put(backend, n, nbytes=200_000) == 1
+        assert 0 < sum(backend.contains(keys(*range(40)), LONG)) < 20
+        assert everything(backend, 39, nbytes=200_000)
+        backend.close()
+
+
+def test_a_value_larger_than_redis_takes_is_refused(
+    backend: RedisBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_backends.redis.LARGEST", 10_000)
+    frames = [(key(n), [memoryview(value(n, n * 4000))]) for n in (1, 2, 3, 1)]
+    assert backend.put(frames, keys(1, 2, 3), LONG) == 2
+    assert backend.contains(keys(1, 2, 3), LONG) == [True, True, False]
+
+
+def test_a_replica_serves_loads_and_refuses_stores(tmp_path: Path) -> None:
+    master, replica = free_port(), free_port()
+    with (
+        running(redis_server(tmp_path, master)),
+        running(redis_server(tmp_path, replica, "--replicaof", "127.0.0.1", str(master))),
+    ):
+        writing, reading = opener(master)(), opener(replica)()
+        put(writing, 1)
+        eventually(lambda: reading.contains([key(1)], LONG) == [True])
+        with pytest.raises(lmcache_core.StorageError, match="READONLY"):
+            put(reading, 2)
+        assert everything(reading, 1)
+        writing.close()
+        reading.close()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[int]:
+    """A server with a password, and a user who may do just what we need."""
+    port = free_port()
+    rights = "+ping +exists +get +set +unlink +touch +pexpire +scan +strlen"
+    user = ["--user", "kv", "on", ">kv-pass-word", "~lmcache:*", *rights.split()]
+    guard = ["--requirepass", "pass-word", *user]
+    with running(redis_server(tmp_path, port, *guard, ready=b"-NOAUTH")):
+        yield port
+
+
+@pytest.mark.parametrize("login", [":pass-word", "default:pass-word", "kv:kv-pass-word"])
+def test_logins_of_the_url(guarded: int, login: str) -> None:
+    backend = opener(url=f"redis://{login}@127.0.0.1:{guarded}")()
+    assert put(backend, 1) == 1
+    assert everything(backend, 1)
+    assert [stored.key for stored in backend.scan()] == [key(1)]
+    backend.touch([key(1)], LONG)
+    backend.delete([key(1)], LONG)
+    backend.close()
+
+
+def test_a_password_of_the_environment(guarded: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_PASS", "kv-pass-word")
+    backend = opener(url=f"redis://kv@127.0.0.1:{guarded}", password_env="KV_PASS")()
+    assert put(backend, 1) == 1
+    backend.close()
+    with pytest.raises(ConfigError, match="NO_SUCH is not set"):
+        opener(guarded, password_env="NO_SUCH")()
+
+
+@pytest.mark.parametrize("login", ["", ":wr0ng-one@", "kv:wr0ng-one@", "nobody:wr0ng-one@"])
+def test_a_wrong_login_is_a_config_error_without_the_secret(guarded: int, login: str) -> None:
+    with no_leaks(), pytest.raises(ConfigError, match=f"url: 127.0.0.1:{guarded}: ") as error:
+        opener(url=f"redis://{login}127.0.0.1:{guarded}")()
+    assert "wr0ng" not in str(error.value)
+
+
+def test_a_missing_right_is_a_config_error(tmp_path: Path) -> None:
+    port = free_port()
+    user = ["--user", "kv", "on", ">x", "~lmcache:*", "+get"]
+    with running(redis_server(tmp_path, port, *user)), pytest.raises(ConfigError, match="ping"):
+        opener(url=f"redis://kv:x@127.0.0.1:{port}")()
+
+
+def test_no_secret_shows_when_a_password_is_changed_under_us(
+    guarded: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"redis://:pass-word@127.0.0.1:{guarded}"
+    config = {"backend": "redis", "url": url, "deadline": "300ms"}
+    with caplog.at_level(logging.DEBUG), lmcache_core.open({"tiers": [config]}) as cache:
+        with stock.Redis(port=guarded, password="pass-word", protocol=2) as admin:
+            admin.config_set("requirepass", "an0ther-one")
+            admin.client_kill_filter(_type="normal", skipme=True)
+        assert cache.lookup(keys(1, 2)).chunks == 0
+    assert "invalid username-password" in caplog.text
+    assert "pass-word" not in caplog.text
+    options = RedisOptions(url=url)
+    assert "pass-word" not in repr(options) + str(options) + options.identity()
+
+
+# TLS and unix sockets
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[tuple[int, Authority]]:
+    """A server that wants a client's certificate, on a port that speaks TLS only."""
+    port = free_port()
+    authority = Authority(tmp_path)
+    pair = authority.issue("localhost")
+    files = ["--tls-cert-file", str(pair.cert), "--tls-key-file", str(pair.key)]
+    files += ["--tls-ca-cert-file", str(authority.ca), "--tls-port", str(port), "--port", "0"]
+    server = redis_server(tmp_path, port, *files)
+    server._ready = (tmp_path / f"redis-{port}.log").read_text
+    with running(server):
+        eventually(lambda: "Ready to accept" in server._ready())
+        yield port, authority
+
+
+def test_tls_with_a_certificate_on_both_sides(tls: tuple[int, Authority]) -> None:
+    port, authority = tls
+    mine = authority.issue("client")
+    files = {"ca": authority.ca, "cert": mine.cert, "key": mine.key}
+    backend = opener(url=f"rediss://localhost:{port}", tls=files)()
+    assert put(backend, *range(4), nbytes=3 << 20) == 4
+    assert everything(backend, *range(4), nbytes=3 << 20)
+    assert all(backend.contains(keys(*range(4)), LONG))
+    backend.close()
+    backend = opener(url=f"rediss://127.0.0.1:{port}", tls={**files, "check_hostname": False})()
+    assert everything(backend, 1, nbytes=3 << 20)
+    backend.close()
+
+
+@pytest.mark.parametrize("wrong", ["ca", "host"])
+def test_a_server_that_cannot_be_trusted_is_a_config_error(
+    tls: tuple[int, Authority], tmp_path: Path, wrong: str
+) -> None:
+    port, authority = tls
+    mine = authority.issue("client")
+    ca = Authority(tmp_path, "stranger").ca if wrong == "ca" else authority.ca
+    host = "127.0.0.1" if wrong == "host" else "localhost"
+    files = {"ca": ca, "cert": mine.cert, "key": mine.key}
+    with no_leaks(), pytest.raises(ConfigError, match="CERTIFICATE_VERIFY_FAILED"):
+        opener(url=f"rediss://{host}:{port}", tls=files)()
+
+
+@pytest.mark.parametrize("stranger", [True, False])
+def test_a_client_that_the_server_does_not_trust(
+    tls: tuple[int, Authority], tmp_path: Path, stranger: bool
+) -> None:
+    """The server may hang up before it says why; then it is no config error, but a failure."""
+    port, authority = tls
+    mine = Authority(tmp_path, "stranger").issue("client")
+    files = {"cert": mine.cert, "key": mine.key} if stranger else {}
+    with pytest.raises((ConfigError, lmcache_core.StorageError, OSError)):
+        opener(url=f"rediss://localhost:{port}", tls={"ca": authority.ca, **files})().ping(LONG)
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "redis.sock"
+    with running(redis_server(tmp_path, free_port(), "--unixsocket", str(path))):
+        backend = opener(url=f"unix://{path}?db=3")()
+        assert put(backend, 1) == 1
+        assert everything(backend, 1)
+        other = opener(url=f"unix://{path}")()
+        assert other.contains([key(1)], LONG) == [False]
+        backend.close()
+        other.close()
+
+
+# Sentinel
+
+
+def test_a_failover_is_followed(tmp_path: Path) -> None:
+    with sentinels(tmp_path, 3) as (ports, master, _):
+        dead = free_port()
+        backend = opener(dead, *ports, sentinel="kv")()
+        assert put(backend, 1, 2) == 2
+        with stock.Redis(port=ports[0], protocol=2) as client:
+            replica = client.sentinel_slaves("kv")[0]["port"]
+            with stock.Redis(port=replica, protocol=2) as copy:
+                eventually(lambda: copy.dbsize() == 2)
+            master.kill()
+            eventually(lambda: client.sentinel_get_master_addr_by_name("kv")[1] == replica)
+        eventually(lambda: backend_answers(backend, 1, 2))
+        assert everything(backend, 1, 2)
+        eventually(lambda: put(backend, 3, timeout=SHORT) == 1)
+        master.start()
+        assert everything(backend, 1, 2, 3)
+        backend.close()
+
+
+def backend_answers(backend: StorageBackend, *numbers: int) -> bool:
+    try:
+        return all(backend.contains(keys(*numbers), SHORT))
+    except (lmcache_core.StorageError, OSError):
+        return False
+
+
+def test_a_service_that_the_sentinels_do_not_know(tmp_path: Path) -> None:
+    with (
+        sentinels(tmp_path, 1) as (ports, _, _),
+        pytest.raises(ConfigError, match="knows no service 'other'"),
+    ):
+        opener(*ports, sentinel="other")()
+
+
+def test_a_sentinel_that_hangs_does_not_hide_the_others(tmp_path: Path, port: int) -> None:
+    with sentinels(tmp_path, 1) as (ports, _, _), Proxy(ports[0]) as hung:
+        hung.stall_after = 0
+        backend = opener(hung.port, *ports, sentinel="kv")()
+        assert put(backend, 1, timeout=1.0) == 1
+        backend.close()
+
+
+# Cluster
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Ports of a cluster for all tests that do it no harm."""
+    with cluster(tmp_path_factory.mktemp("cluster")) as nodes:
+        yield [port for port, _ in nodes]
+
+
+@pytest.fixture
+def cluster_client(nodes: list[int]) -> Iterator[stock.RedisCluster]:
+    client = stock.RedisCluster(host="127.0.0.1", port=nodes[0], protocol=2)
+    client.flushall(target_nodes=stock.RedisCluster.PRIMARIES)
+    yield client
+    client.close()
+
+
+class TestCluster(BackendConformance):
+    persistent = shared = True
+
+    @pytest.fixture
+    def raw(self, cluster_client: stock.RedisCluster) -> RawRedis:
+        return RawRedis(cluster_client)
+
+    @pytest.fixture
+    def open_backend(
+        self, nodes: list[int], cluster_client: stock.RedisCluster
+    ) -> Callable[[], StorageBackend]:
+        return opener(nodes[0], cluster=True)
+
+
+def test_a_batch_is_spread_over_the_nodes(
+    nodes: list[int], cluster_client: stock.RedisCluster
+) -> None:
+    backend = opener(free_port(), nodes[1], cluster=True)()
+    put(backend, *range(60))
+    for port in nodes:
+        with stock.Redis(port=port, protocol=2) as client:
+            assert 10 <= client.dbsize() <= 30
+    assert everything(backend, *range(60))
+    backend.close()
+
+
+def slot_of(number: int) -> int:
+    return key_slot(f"lmcache:{key(number)}".encode())
+
+
+def test_a_slot_that_moves_is_followed(
+    nodes: list[int], cluster_client: stock.RedisCluster
+) -> None:
+    """ASK while its keys move one by one, MOVED afterwards, and then no detour any more."""
+    backend = opener(*nodes, cluster=True)()
+    put(backend, 1, 2, 3)
+    slot = slot_of(1)
+    clients = {port: stock.Redis(port=port, protocol=2) for port in nodes}
+    home = backend._links._table[slot].port
+    target = next(port for port in nodes if port != home)
+    names = {port: clients[port].cluster("myid").decode() for port in nodes}
+    clients[target].cluster("setslot", slot, "importing", names[home])
+    clients[home].cluster("setslot", slot, "migrating", names[target])
+    assert everything(backend, 1, 2, 3)  # still at home
+    clients[home].execute_command("MIGRATE", "127.0.0.1", target, f"lmcache:{key(1)}", 0, 5000)
+    assert everything(backend, 1, 2, 3)  # by ASK
+    assert backend.contains(keys(1, 2, 3), LONG) == [True] * 3
+    assert backend._links._table[slot].port == home
+    for port in (target, home, *nodes):
+        clients[port].cluster("setslot", slot, "node", names[target])
+    assert everything(backend, 1, 2, 3)  # by MOVED
+    assert backend._links._table[slot].port == target
+    asked = clients[home].info("stats")["total_commands_processed"]
+    backend.delete([key(1)], LONG)
+    assert put(backend, 1) == 1
+    assert clients[home].info("stats")["total_commands_processed"] == asked + 1  # INFO itself
+    for client in clients.values():
+        client.close()
+    backend.close()
+
+
+def test_a_node_that_dies_and_comes_back(tmp_path: Path) -> None:
+    with cluster(tmp_path, "--cluster-require-full-coverage", "no") as nodes:
+        backend = opener(*(port for port, _ in nodes), cluster=True)()
+        put(backend, *range(30))
+        _, process = nodes[0]
+        process.kill()
+        with pytest.raises((lmcache_core.StorageError, OSError)):
+            backend.contains(keys(*range(30)), SHORT)
+        with pytest.raises((lmcache_core.StorageError, OSError)):
+            backend.ping(SHORT)
+        process.start()
+        eventually(lambda: backend_finds(backend, 30))
+        eventually(lambda: put_works(backend, 30))
+        assert everything(backend, *range(30))
+        backend.close()
+
+
+def backend_finds(backend: StorageBackend, count: int) -> bool:
+    try:
+        return any(backend.contains(keys(*range(count)), SHORT))
+    except (lmcache_core.StorageError, OSError):
+        return False
+
+
+def put_works(backend: StorageBackend, count: int) -> bool:
+    try:
+        return put(backend, *range(count), timeout=SHORT) == count
+    except (lmcache_core.StorageError, OSError):
+        return False
+
+
+def test_a_cluster_that_is_taken_for_a_server_says_what_to_do(nodes: list[int]) -> None:
+    backend = opener(nodes[0])()
+    with pytest.raises(lmcache_core.StorageError, match="cluster: true"):
+        backend.contains(keys(*range(10)), LONG)
+    backend.close()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("http://host", {}),
+        ("redis://", {}),
+        ("redis://host:port", {}),
+        ("redis://host/zero", {}),
+        ("redis://host?db=1&timeout=3", {}),
+        ("redis://host:70000", {}),
+        ("redis://s3cret@one,two", {}),
+        ("redis://:s3cret@host/1", {"cluster": True}),
+        ("redis://:s3/cret@host", {}),
+        ("redis://:s3cret@host", {"cluster": True, "sentinel": "kv"}),
+        ("redis://:s3cret@host", {"refresh": True}),
+        ("redis://:s3cret@host", {"tls": {"check_hostname": False}}),
+        ("redis://:s3cret@host", {"prefix": "{tag}"}),
+        ("redis://:s3cret@host", {"ttl": 0}),
+        ("redis://:s3cret@host", {"tls": {"ca": "/no/such/file"}}),
+    ],
+)
+def test_options_that_cannot_be_are_errors_without_secrets(url: str, options: dict) -> None:
+    with pytest.raises(ConfigError) as error:
+        lmcache_core.open({"tiers": [{"backend": "redis", "url": url, **options}]})
+    assert "tiers[0]" in str(error.value)
+    assert "s3cret" not in str(error.value)
+    assert "s3/cret" not in str(error.value)
+
+
+def test_one_store_named_twice_is_an_error(port: int) -> None:
+    tier = {"backend": "redis", "url": f"redis://127.0.0.1:{port}"}
+    with pytest.raises(ConfigError, match="the same store"):
+        lmcache_core.open({"tiers": [tier, {**tier, "ttl": 5}]})
+    with lmcache_core.open({"tiers": [tier, {**tier, "prefix": "other"}]}):
+        pass
