@@ -1,0 +1,188 @@
+"""Two nodes with nothing in common but a server: what one computed, the other's first request has.
+
+For Redis also over a network of 1 Gbit/s and 1 ms, between two network namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from tests.backends.redis_servers import redis_server
+from tests.servers import Server, free_port, program, running
+
+pytestmark = pytest.mark.xdist_group("smollm2")
+
+CHUNK = 64
+ROOT = Path(__file__).parents[2]
+NODE = Path(__file__).parent / "node.py"
+
+
+class Node:
+    """A process that has loaded the model and waits for its prompt's turn."""
+
+    def __init__(self, tier: dict[str, Any], prompt: Path, within: Sequence[str] = ()) -> None:
+        config = prompt.with_name(f"config-{id(self)}.json")
+        config.write_text(json.dumps({"chunk_size": CHUNK, "tiers": [tier]}))
+        self._process = subprocess.Popen(
+            [*within, sys.executable, str(NODE), str(config), str(prompt)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def ready(self) -> None:
+        assert self._process.stdout.readline() == b"ready\n"
+
+    def answer(self) -> dict[str, Any]:
+        out, _ = self._process.communicate(b"go\n", timeout=200)
+        assert self._process.returncode == 0
+        return json.loads(out.splitlines()[-1])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def two_nodes(
+    tier: dict[str, Any], prompt: Path, within: tuple[Sequence[str], Sequence[str]] = ((), ())
+) -> Iterator[tuple[Node, Node]]:
+    nodes = [Node(tier, prompt, namespace) for namespace in within]
+    try:
+        for node in nodes:
+            node.ready()
+        yield nodes[0], nodes[1]
+    finally:
+        for node in nodes:
+            node.close()
+
+
+@pytest.fixture
+def prompt(document: torch.Tensor, tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.json"
+    path.write_text(json.dumps(document.tolist()))
+    return path
+
+
+@pytest.fixture(params=["redis"])
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """A tier on a server that only this test uses."""
+    with {"redis": redis_tier}[request.param](tmp_path) as tier:
+        yield {"backend": request.param, "deadline": "5s", **tier}
+
+
+@contextlib.contextmanager
+def redis_tier(folder: Path) -> Iterator[dict[str, Any]]:
+    port = free_port()
+    with running(redis_server(folder, port)):
+        yield {"url": f"redis://127.0.0.1:{port}"}
+
+
+def compare(
+    tier: dict[str, Any], first: Node, second: Node, capsys: pytest.CaptureFixture[str], where: str
+) -> tuple[float, float]:
+    """Node one computes and stores, node two loads; returns what each took to its first token."""
+    computed = first.answer()
+    reused = second.answer()
+    assert reused["output"] == computed["output"]
+    chunks = (1200 - 1) // CHUNK
+    assert reused["loaded"] == {tier["backend"]: 2 * chunks}  # for each of two answers
+    with capsys.disabled():
+        saved = 1 - reused["ttft"] / computed["ttft"]
+        print(
+            f"\n{tier['backend']}, {where}: time to first token {computed['ttft']:.2f} s on node A,"
+            f" {reused['ttft']:.2f} s on node B, {saved:.0%} saved"
+        )
+    return computed["ttft"], reused["ttft"]
+
+
+def test_the_second_node_reuses_what_the_first_computed(
+    tier: dict[str, Any], prompt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with two_nodes(tier, prompt) as (first, second):
+        computed, reused = compare(tier, first, second, capsys, "loopback")
+    assert reused < computed
+
+
+class Network(NamedTuple):
+    """Commands that run something in either of two namespaces; they reach each other by wire."""
+
+    first: Sequence[str]
+    second: Sequence[str]
+    address: str
+    """Of the first, as the second sees it."""
+
+
+def ip(*arguments: str) -> None:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"ip {' '.join(arguments)}: {done.stderr}")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Two network namespaces, 1 Gbit/s each way between them."""
+    if os.geteuid() != 0 or not shutil.which("tc"):
+        pytest.skip("network namespaces need root, and the package iproute2")
+    names = [f"lmcache-{side}-{os.getpid()}" for side in "ab"]
+    links = [f"lmc{side}{os.getpid()}" for side in "ab"]
+    addresses = ["10.231.77.1", "10.231.77.2"]
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+        ip("link", "add", links[0], "netns", names[0], "type", "veth",
+           "peer", "name", links[1], "netns", names[1])  # fmt: skip
+        for name, link, address in zip(names, links, addresses, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("netns", "exec", name, "tc", "qdisc", "add", "dev", link, "root",
+               "tbf", "rate", "1gbit", "burst", "256kb", "latency", "20ms")  # fmt: skip
+        inside = [("ip", "netns", "exec", name) for name in names]
+        yield Network(inside[0], inside[1], addresses[0])
+
+
+def test_over_a_network_of_1_gbit_and_1_ms(
+    network: Network, prompt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The delay is a relay's on the second node: not every kernel has tc's netem."""
+    port, near = 6379, 6380
+    serve = [*network.first, program("redis-server"), "--port", str(port), "--bind", "0.0.0.0"]
+    serve += ["--protected-mode", "no", "--save", "", "--dir", str(tmp_path)]
+    delay = [sys.executable, "-m", "tests.e2e.relay", str(near), network.address, str(port)]
+    ask = [program("redis-cli"), "-p"]
+
+    def says(within: Sequence[str], where: int) -> bool:
+        out = subprocess.run([*within, *ask, str(where), "ping"], capture_output=True, check=True)
+        assert out.stdout == b"PONG\n"
+        return True
+
+    tiers = [
+        {"backend": "redis", "deadline": "5s", "url": f"redis://{address}"}
+        for address in (f"127.0.0.1:{port}", f"127.0.0.1:{near}")
+    ]
+    with (
+        running(Server(serve, lambda: says(network.first, port))),
+        running(Server([*network.second, *delay, "0.001"], lambda: says(network.second, near))),
+    ):
+        first = Node(tiers[0], prompt, network.first)
+        second = Node(tiers[1], prompt.with_name("prompt.json"), network.second)
+        try:
+            first.ready()
+            second.ready()
+            compare(tiers[0], first, second, capsys, "1 Gbit/s, 1 ms")
+        finally:
+            first.close()
+            second.close()
