@@ -1,6 +1,7 @@
 # make demo   the main job on a real model, from nothing
 # make test   everything that can be checked here, from nothing
 # make bench  the figures in README.md
+# make bench-remote  load, store and lookup of network backends: docs/backends.md
 # make bench-serde   what each serde saves and costs: docs/serdes.md
 # make lint   ruff, mypy, import-linter
 #
@@ -12,7 +13,7 @@ OLDEST := .cache/transformers-5.16.1
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench bench-serde lint clean
+.PHONY: demo test bench bench-remote bench-serde lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +26,10 @@ test: lint $(OLDEST)
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_tiers.py
 	$(BIN)/python benchmarks/bench_transformers.py
+
+bench-remote: $(READY)
+	sh .ci/servers
+	$(BIN)/python benchmarks/bench_remote.py --write
 
 # Beside ZipNN and blosc2 where they are installed: pip install zipnn blosc2
 bench-serde: $(READY)

@@ -106,7 +106,7 @@ class Proxy:
     stall_after: bytes after which nothing comes any more, while the connection stays open.
     garble_at: (offset, bytes): put these in the place of what the server sent.
     rate: bytes a second.
-    Counted for each connection; they apply to connections that are open already, too.
+    Bytes are counted for each connection, from its beginning or from when the fault was set.
     """
 
     def __init__(self, port: int) -> None:
@@ -164,9 +164,11 @@ class Proxy:
                 self._pump(client, server)
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        passed = 0
+        passed, faults = 0, self._faults()
         speaking: socket.socket = server
         while not self._closing.is_set():
+            if faults != self._faults():
+                passed, faults = 0, self._faults()
             stalled = self.stall_after is not None and passed >= self.stall_after
             for sock in select.select([client] if stalled else [client, server], [], [], 0.05)[0]:
                 data = sock.recv(self._portion(passed) if sock is server else 1 << 16)
@@ -186,6 +188,9 @@ class Proxy:
                     return
                 if self.rate is not None:
                     self._closing.wait(len(data) / self.rate)
+
+    def _faults(self) -> tuple[object, ...]:
+        return self.cut_after, self.stall_after, self.garble_at
 
     def _portion(self, passed: int) -> int:
         """How many bytes to take next, so that a fault comes at its very byte."""

@@ -1,0 +1,162 @@
+"""What an engine sees of a network store whose network fails: right chunks or misses, in time."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import lmcache_core
+from lmcache_core import Chunk, ChunkKey, Namespace, Tensors
+from lmcache_core.engine import CacheEngine
+from tests.backends.redis_servers import redis_server
+from tests.core.conftest import gather, is_right, layout, namespace  # noqa: F401
+from tests.servers import PATIENCE, Proxy, Server, free_port, running
+
+CHUNKS = 12
+TOKENS = 64
+"""4 KiB of KV a chunk."""
+DEADLINE = 0.25
+
+Gather = Callable[[int, Tensors], None]
+IsRight = Callable[[Chunk], bool]
+
+
+class Store(NamedTuple):
+    """A real server, and a tier on it that goes through a proxy."""
+
+    server: Server
+    proxy: Proxy
+    tier: dict[str, Any]
+
+
+@contextlib.contextmanager
+def redis_store(folder: Path) -> Iterator[Store]:
+    port = free_port()
+    with running(redis_server(folder, port)) as server, Proxy(port) as proxy:
+        yield Store(server, proxy, {"backend": "redis", "url": f"redis://127.0.0.1:{proxy.port}"})
+
+
+@pytest.fixture(params=[redis_store], ids=["redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    with request.param(tmp_path) as store:
+        yield store
+
+
+@pytest.fixture
+def cache(store: Store) -> Iterator[CacheEngine]:
+    config = {"chunk_size": TOKENS, "tiers": [{**store.tier, "deadline": DEADLINE}]}
+    with lmcache_core.open(config) as cache:
+        yield cache
+
+
+@pytest.fixture
+def keys(cache: CacheEngine, namespace: Namespace, gather: Gather) -> Sequence[ChunkKey]:  # noqa: F811
+    """Of a sequence that is stored."""
+    keys = namespace.keys(range(CHUNKS * TOKENS), TOKENS)
+    assert cache.store(namespace, keys, gather) == CHUNKS
+    assert cache.flush(PATIENCE)
+    return keys
+
+
+def loaded(cache: CacheEngine, keys: Sequence[ChunkKey], is_right: IsRight) -> int:  # noqa: F811
+    """How many chunks a load brings, each of them checked."""
+    count = 0
+    for chunk in cache.load(keys):
+        assert (chunk.index, chunk.key) == (count, keys[count])
+        assert is_right(chunk)
+        count += 1
+    return count
+
+
+def comes_back(cache: CacheEngine, keys: Sequence[ChunkKey], is_right: IsRight) -> None:  # noqa: F811
+    """Everything is served again, with nobody's help."""
+    end = time.monotonic() + PATIENCE
+    while loaded(cache, keys, is_right) < len(keys):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("fault", ["cut", "garble", "stall", "slow"])
+def test_faults_at_any_byte_of_the_network(
+    store: Store,
+    cache: CacheEngine,
+    keys: Sequence[ChunkKey],
+    namespace: Namespace,  # noqa: F811
+    gather: Gather,  # noqa: F811
+    is_right: IsRight,  # noqa: F811
+    fault: str,
+) -> None:
+    chance = random.Random(1)
+    for _ in range(6 if fault in ("stall", "slow") else 40):
+        offset = chance.randrange(CHUNKS * 4500 // 2)
+        match fault:
+            case "cut":
+                store.proxy.cut_after = offset
+            case "stall":
+                store.proxy.stall_after = offset
+            case "garble":
+                garbage = chance.randbytes(chance.choice((1, 3, 40)))
+                store.proxy.garble_at = (offset, garbage)
+            case "slow":
+                store.proxy.rate = 30_000.0
+        began = time.monotonic()
+        loaded(cache, keys, is_right)
+        assert time.monotonic() - began < 4 * DEADLINE + 1.0
+        store.proxy.heal()
+        if fault == "garble":  # what looked damaged was removed
+            store_again(cache, namespace, keys, gather)
+        else:
+            comes_back(cache, keys, is_right)
+
+
+def store_again(
+    cache: CacheEngine,
+    namespace: Namespace,  # noqa: F811
+    keys: Sequence[ChunkKey],
+    gather: Gather,  # noqa: F811
+) -> None:
+    end = time.monotonic() + PATIENCE
+    while cache.lookup(keys).chunks < len(keys):
+        assert time.monotonic() < end
+        cache.store(namespace, keys, gather)
+        assert cache.flush(PATIENCE)
+        time.sleep(0.01)
+
+
+def test_a_dead_store_costs_one_deadline_and_comes_back_by_itself(
+    store: Store,
+    cache: CacheEngine,
+    keys: Sequence[ChunkKey],
+    is_right: IsRight,  # noqa: F811
+) -> None:
+    store.server.freeze()
+    began = time.monotonic()
+    assert loaded(cache, keys, is_right) == 0
+    assert time.monotonic() - began < 3 * DEADLINE
+    began = time.monotonic()
+    for _ in range(100):
+        assert loaded(cache, keys, is_right) == 0
+    assert time.monotonic() - began < DEADLINE  # it is bypassed
+    store.server.thaw()
+    comes_back(cache, keys, is_right)
+
+
+def test_a_server_that_is_killed_and_started_anew_is_filled_again(
+    store: Store,
+    cache: CacheEngine,
+    keys: Sequence[ChunkKey],
+    namespace: Namespace,  # noqa: F811
+    gather: Gather,  # noqa: F811
+    is_right: IsRight,  # noqa: F811
+) -> None:
+    store.server.kill()
+    assert loaded(cache, keys, is_right) == 0
+    store.server.start()
+    store_again(cache, namespace, keys, gather)
+    comes_back(cache, keys, is_right)
