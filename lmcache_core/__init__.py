@@ -3,6 +3,7 @@
 from lmcache_core.backend import Allocate, Options, Parts, StorageBackend, Stored
 from lmcache_core.components import component, known
 from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig
+from lmcache_core.config import load as load_config
 from lmcache_core.connector import Connector
 from lmcache_core.engine import CacheEngine, Hit, open
 from lmcache_core.errors import (
@@ -73,6 +74,7 @@ __all__ = [
     "copy_exact",
     "hookimpl",
     "known",
+    "load_config",
     "open",
     "scratch",
     "tenant_digest",

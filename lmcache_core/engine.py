@@ -136,8 +136,8 @@ class CacheEngine:
         if behind:
             self._observers.tell("missed", tier="", reason="hole", keys=behind)
 
-    def load(self, what: Hit | Sequence[ChunkKey]) -> Iterator[Chunk]:
-        """Yield the stored prefix, chunk by chunk from the root, each as soon as it is there.
+    def load(self, what: Hit | Sequence[ChunkKey], start: int = 0) -> Iterator[Chunk]:
+        """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
 
         Ends early where a chunk fails to come; what was yielded is whole. Chunks are shared with
         the memory tier: copy their tensors, never keep or change them. Chunks found in a slow tier
@@ -147,7 +147,7 @@ class CacheEngine:
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
         tally = _Tally(self._observers)
         full: set[int] = set()
-        done = 0
+        done = start
         try:
             while done < len(where):
                 for chunk, number in self._stream(keys, where, done):
@@ -160,7 +160,7 @@ class CacheEngine:
                     where[done:] = self._find_again(keys, where, done)
         finally:
             tally.tell()
-            for tier in self._tiers if done else ():
+            for tier in self._tiers if done > start else ():
                 tier.touch(keys[:done])
 
     def _stream(

@@ -1,0 +1,175 @@
+"""Who vLLM's KV belongs to: one Namespace for each KV cache group of each worker.
+
+vLLM's block hashes stand for the tokens before a block's end, its multimodal inputs, prompt
+embeddings, LoRA name and cache salt. They do not stand for the model, its weights, its
+quantization, the place of the worker or the way the bytes of a block are packed: that is here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+
+from lmcache_core import ConfigError, KVLayout, LayerGroup, Namespace
+
+_SAMPLE = 1 << 20
+"""Bytes of each weights file that its fingerprint reads at the begin, middle and end."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+
+
+def namespaces(config: VllmConfig, kv: KVCacheConfig, rank: int) -> list[Namespace]:
+    """A Namespace for each KV cache group, in vLLM's order, as worker `rank` has it.
+
+    Raises ConfigError for what cannot be stored: state-space models, caches that are split by
+    pipeline stage or context.
+    """
+    parallel, model = config.parallel_config, config.model_config
+    if parallel.pipeline_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+        raise ConfigError("pipeline and decode context parallelism are not supported")
+    return [
+        Namespace(
+            model=_model_name(model.model),
+            weights=_weights(config),
+            revision=str(model.revision or ""),
+            layout=KVLayout(groups=(_layer_group(group.layer_names, group.kv_cache_spec),)),
+            rank=rank,
+            world=parallel.tensor_parallel_size,
+            positions=_digest(_hf_config(model.hf_config)),
+            memory_format=_memory_format(config, kv, group.kv_cache_spec),
+            extra={
+                "group": _digest([group.layer_names, repr(group.kv_cache_spec)]),
+                "hashes": _hashes(config, kv),
+                "quantization": f"{model.quantization} {model.dtype}",
+                "cache": f"{config.cache_config.cache_dtype}",
+                "overrides": _digest(repr(model.hf_overrides)),
+            },
+        )
+        for group in kv.kv_cache_groups
+    ]
+
+
+def adapter(lora: Any) -> str:
+    """A fingerprint of a LoRA's files: one name with other files shares nothing."""
+    if lora is None:
+        return ""
+    path = Path(lora.lora_path)
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _digest([lora.lora_name, str(path), states])
+
+
+def _model_name(model: str) -> str:
+    return Path(model).name if Path(model).is_dir() else model
+
+
+def _layer_group(names: Sequence[str], spec: Any) -> LayerGroup:
+    """A block's bytes as vLLM packs them: for each layer [kv_heads, tokens, bytes of both]."""
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
+        raise ConfigError(f"KV of the kind {type(spec).__name__} is not supported")
+    assert isinstance(spec, AttentionSpec)
+    heads = spec.num_kv_heads
+    itemsize = torch.empty(0, dtype=spec.dtype).element_size()
+    width, rest = divmod(spec.page_size_bytes, heads * spec.block_size * itemsize)
+    if rest:
+        raise ConfigError("padded KV pages are not supported")
+    return LayerGroup(
+        kind="opaque",
+        layers=tuple(_layer_indices(names)),
+        kv_heads=heads,
+        key_dim=width,
+        value_dim=0,
+        dtype=str(spec.dtype).removeprefix("torch."),
+        window=getattr(spec, "sliding_window", None),
+    )
+
+
+def _layer_indices(names: Sequence[str]) -> list[int]:
+    found = [re.findall(r"\.(\d+)\.", name) for name in names]
+    indices = [int(numbers[0]) for numbers in found if numbers]
+    distinct = len(indices) == len(names) and len(set(indices)) == len(indices)
+    return indices if distinct else list(range(len(names)))
+
+
+def _memory_format(config: VllmConfig, kv: KVCacheConfig, spec: Any) -> str:
+    """Names the packing within a block, which each attention backend chooses for itself."""
+    cache = config.cache_config
+    backend = getattr(config.attention_config, "backend", None)
+    name = f"vllm {vllm.__version__} {current_platform.device_name} {backend}"
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        isa = _get_attn_isa(spec.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
+        name += f" {isa}"
+    return f"{name} {kv.kv_cache_layout} {spec.block_size}"
+
+
+def _hashes(config: VllmConfig, kv: KVCacheConfig) -> str:
+    """What vLLM's block hashes depend on besides what they hash."""
+    from vllm.v1.core.kv_cache_utils import get_none_hash_seed
+
+    algorithm = config.cache_config.prefix_caching_hash_algo
+    return f"{algorithm} {get_none_hash_seed()!r} {hash_block_size(config, kv)}"
+
+
+def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:
+    """Tokens that one of vLLM's block hashes stands for."""
+    return int(kv.hash_block_size or config.cache_config.block_size)
+
+
+def _hf_config(hf_config: Any) -> dict[str, Any]:
+    fields = dict(hf_config.to_dict())
+    for name in ("_name_or_path", "transformers_version"):
+        fields.pop(name, None)
+    return fields
+
+
+def _digest(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _weights(config: VllmConfig) -> str:
+    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot."""
+    model = config.model_config
+    load = str(config.load_config.load_format)
+    if load == "dummy":
+        return f"dummy {model.seed}"
+    path = Path(model.model)
+    if path.exists():
+        return _files(str(path))
+    return str(getattr(model.hf_config, "_commit_hash", None) or "")
+
+
+@lru_cache(maxsize=8)
+def _files(path: str) -> str:
+    """Of names, sizes and samples of the content, so that gigabytes take milliseconds."""
+    root = Path(path)
+    files = sorted(root.iterdir()) if root.is_dir() else [root]
+    state = hashlib.blake2b(digest_size=16)
+    for file in files:
+        if file.suffix not in _WEIGHTS or not file.is_file():
+            continue
+        size = file.stat().st_size
+        state.update(f"{file.name if root.is_dir() else ''} {size}\n".encode())
+        with file.open("rb") as data:
+            for start in (0, size // 2, max(0, size - _SAMPLE)):
+                data.seek(start)
+                state.update(data.read(_SAMPLE))
+    return state.hexdigest()
