@@ -1,4 +1,5 @@
-"""What the network backends share: a socket with deadlines, and the options of a shared store."""
+"""What the network backends share: options of a shared store, a socket with deadlines, connections
+to servers, and commands that follow each other on them without waiting."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import contextlib
 import select
 import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Generic, NamedTuple, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -18,6 +21,8 @@ from lmcache_core import Duration, Options, StorageError
 SLOWEST = 16 << 20
 """Bytes a second: what moves slower than this counts as stuck, as it does for a tier."""
 _IOV_MAX = 1024
+_KEPT = 16
+"""Idle connections to keep to each server."""
 _SMALL = 16 << 10
 """Bytes of the buffer that replies are read through, and of parts that TLS sends together."""
 
@@ -25,6 +30,20 @@ Prefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 """What the keys of one deployment begin with, so that several share a server."""
 
 Buffer = bytes | memoryview
+
+
+class Address(NamedTuple):
+    """Of a server; a unix socket has a path and no port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.port else self.host
+
+
+class Refused(StorageError):
+    """The server, or its certificate, says no: trying again does not help."""
 
 
 class Tls(Options):
@@ -60,7 +79,8 @@ class Wire:
     side closes or says what it should not, OSError for the rest.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, address: Address) -> None:
+        self.address = address
         self._sock = sock
         self._bytes = bytearray(_SMALL)
         self._buffer = memoryview(self._bytes)
@@ -157,3 +177,102 @@ class Wire:
                 self._deadline = min(latest, self._deadline + moved / SLOWEST)
                 return moved
         raise TimeoutError(f"no answer within {self._patience:.3g} s")
+
+
+W = TypeVar("W", bound=Wire)
+
+
+class Pool(Generic[W]):
+    """Idle connections by server. Thread-safe."""
+
+    def __init__(self, dial: Callable[[Address, float], W]) -> None:
+        """`dial`: makes a connection to a server, within a number of seconds."""
+        self._dial = dial
+        self._idle: dict[Address, list[W]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def take(self, address: Address, timeout: float) -> W:
+        """A connection for the caller alone."""
+        while True:
+            with self._lock:
+                if not self._idle[address]:
+                    break
+                wire = self._idle[address].pop()
+            if wire.is_quiet():
+                return wire
+            wire.close()  # the server closed it, or says what nobody asked
+        return self._dial(address, timeout)
+
+    def give(self, wire: W) -> None:
+        """Hand a connection back on which everything is answered."""
+        with self._lock:
+            idle = self._idle[wire.address]
+            if not self._closed and len(idle) < _KEPT:
+                idle.append(wire)
+                return
+        wire.close()
+
+    @contextlib.contextmanager
+    def taken(self, address: Address, timeout: float) -> Iterator[W]:
+        """A connection for one question; closed, with all that are idle, where that fails."""
+        wire = self.take(address, timeout)
+        try:
+            yield wire
+        except BaseException:
+            wire.close()
+            self.distrust(address)
+            raise
+        self.give(wire)
+
+    def distrust(self, address: Address) -> None:
+        """After a failure every connection to a server is suspect."""
+        with self._lock:
+            wires = self._idle.pop(address, [])
+        for wire in wires:
+            wire.close()
+
+    def close(self) -> None:
+        """Close what is idle now, and the rest when it is given back."""
+        self._closed = True
+        for address in list(self._idle):
+            self.distrust(address)
+
+
+class Lane(Generic[W]):
+    """One connection's share of a batch: what is to be asked, and what waits for its answer."""
+
+    def __init__(
+        self,
+        wire: W,
+        waiting: Iterable[int],
+        request: Callable[[int], Sequence[Buffer]],
+        ahead: int,
+    ) -> None:
+        """`request`: the command for a place in the batch. `ahead`: how many may be under way."""
+        self.wire = wire
+        self.ahead = ahead
+        self._waiting = deque(waiting)
+        self._asked: deque[int] = deque()
+        self._request = request
+
+    def fill(self) -> None:
+        """Ask for as many as may be under way."""
+        parts: list[Buffer] = []
+        while self._waiting and len(self._asked) < self.ahead:
+            i = self._waiting.popleft()
+            parts += self._request(i)
+            self._asked.append(i)
+        if parts:
+            self.wire.send(parts)
+
+    def next(self, timeout: float) -> tuple[int, bytes]:
+        """Which is answered next, and the first line of its answer."""
+        self.wire.begin(timeout)
+        line = self.wire.line()
+        return self._asked.popleft(), line
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is answered."""
+        return not self._asked

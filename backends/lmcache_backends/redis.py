@@ -28,7 +28,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from lmcache_backends._wire import Buffer, Expiry, Prefix, Tls, Wire
+from lmcache_backends._wire import Address, Buffer, Expiry, Lane, Pool, Prefix, Refused, Tls, Wire
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -50,26 +50,10 @@ _MANY = 4096
 _SLOTS = 16384
 _HOPS = 5
 """Times that the nodes of a cluster may point to another node."""
-_KEPT = 16
-"""Idle connections to keep."""
 _OPEN_SECONDS = 1.0
 _SCAN_SECONDS = 10.0
 _END = b"\r\n"
 _SENT_ON = (b"-MOVED ", b"-ASK ")
-
-
-class Refused(StorageError):
-    """The server, or its certificate, says no: trying again does not help."""
-
-
-class Address(NamedTuple):
-    """Of a server; a unix socket has a path and no port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}" if self.port else self.host
 
 
 class RedisOptions(Expiry):
@@ -181,7 +165,7 @@ class RedisBackend(StorageBackend):
     ) -> Iterator[tuple[int, Parts]]:
         names = self._names(keys)
 
-        def value(lane: _Lane, line: bytes) -> Parts | None:
+        def value(lane: Lane[Link], line: bytes) -> Parts | None:
             if line.startswith(b"-WRONGTYPE"):
                 return [memoryview(b"")]  # not a frame, which the tier finds out and removes
             nbytes = _number(lane, line, b"$")
@@ -189,8 +173,8 @@ class RedisBackend(StorageBackend):
                 return None
             lane.ahead = max(_FEW, _AHEAD_BYTES // max(nbytes, 1))
             buffer = allocate(nbytes)
-            lane.link.read_into(buffer)
-            lane.link.expect(_END)
+            lane.wire.read_into(buffer)
+            lane.wire.expect(_END)
             return [buffer]
 
         def request(i: int) -> list[Buffer]:
@@ -238,9 +222,8 @@ class RedisBackend(StorageBackend):
         seen: set[bytes] = set()
         cursor = b"0"
         while True:
-            with self._links.taken(address, _SCAN_SECONDS) as link:
-                scan = ("SCAN", cursor, "MATCH", self._prefix + b"*", "COUNT", 1000)
-                cursor, found = link.ask(*scan, timeout=_SCAN_SECONDS)
+            scan = ("SCAN", cursor, "MATCH", self._prefix + b"*", "COUNT", 1000)
+            cursor, found = self._links.ask(address, *scan, timeout=_SCAN_SECONDS)
             names = {name for name in found if pattern.fullmatch(name)} - seen
             seen |= names
             yield list(names)
@@ -255,11 +238,10 @@ class RedisBackend(StorageBackend):
 
     def ping(self, timeout: float) -> None:
         for address in self._links.addresses(timeout):
-            with self._links.taken(address, timeout) as link:
-                link.ask("PING", timeout=timeout)
+            self._links.ask(address, "PING", timeout=timeout)
 
     def close(self) -> None:
-        self._links.close()
+        self._links.pool.close()
 
     def _names(self, keys: Iterable[ChunkKey]) -> list[bytes]:
         return [self._prefix + str(key).encode() for key in keys]
@@ -275,7 +257,7 @@ class RedisBackend(StorageBackend):
         def request(i: int) -> list[Buffer]:
             return [_command(command, names[i], *arguments)]
 
-        def number(lane: _Lane, line: bytes) -> int:
+        def number(lane: Lane[Link], line: bytes) -> int:
             if line.startswith(b"-WRONGTYPE"):
                 return 0
             return _number(lane, line, b":")
@@ -286,7 +268,7 @@ class RedisBackend(StorageBackend):
         self,
         names: Sequence[bytes],
         request: Callable[[int], Sequence[Buffer]],
-        answer: Callable[[_Lane, bytes], T],
+        answer: Callable[[Lane[Link], bytes], T],
         ahead: int,
         timeout: float,
     ) -> Iterator[tuple[int, T]]:
@@ -298,7 +280,7 @@ class RedisBackend(StorageBackend):
                 while lanes:
                     i, line = lanes[0].next(timeout)
                     if line.startswith(_SENT_ON):
-                        sent_on[self._links.redirected(line, lanes[0].link)].append(i)
+                        sent_on[self._links.redirected(line, lanes[0].wire)].append(i)
                         self._links.turn(lanes)
                         continue
                     got = answer(lanes[0], line)
@@ -326,8 +308,7 @@ class Link(Wire):
     """A connection that redis-py made."""
 
     def __init__(self, address: Address, connection: Any) -> None:
-        super().__init__(connection._sock)
-        self.address = address
+        super().__init__(connection._sock, address)
         self._connection = connection
 
     def ask(self, *command: object, timeout: float) -> Any:
@@ -344,47 +325,22 @@ class Link(Wire):
         self._connection.disconnect()
 
 
-class _Lane:
-    """One connection's share of a batch: what is to be asked, and what waits for its answer."""
+class _Asking(Lane[Link]):
+    """A lane to the node that slots are moving to."""
 
     def __init__(
         self,
-        link: Link,
-        route: Route,
+        wire: Link,
         waiting: Iterable[int],
         request: Callable[[int], Sequence[Buffer]],
         ahead: int,
     ) -> None:
-        self.link = link
-        self.ahead = ahead
-        self._asking = route.asking
-        self._waiting = deque(waiting)
-        self._asked: deque[int] = deque()
-        self._request = request
-
-    def fill(self) -> None:
-        """Ask for as many as may be under way."""
-        parts: list[Buffer] = []
-        while self._waiting and len(self._asked) < self.ahead:
-            i = self._waiting.popleft()
-            if self._asking:
-                parts.append(_command(b"ASKING"))
-            parts += self._request(i)
-            self._asked.append(i)
-        if parts:
-            self.link.send(parts)
+        super().__init__(wire, waiting, lambda i: [_command(b"ASKING"), *request(i)], ahead)
 
     def next(self, timeout: float) -> tuple[int, bytes]:
-        """Which is answered next, and the first line of its answer."""
-        self.link.begin(timeout)
-        if self._asking:
-            self.link.expect(b"+OK\r\n")
-        return self._asked.popleft(), self.link.line()
-
-    @property
-    def is_done(self) -> bool:
-        """Whether everything is answered."""
-        return not self._asked
+        self.wire.begin(timeout)
+        self.wire.expect(b"+OK\r\n")
+        return super().next(timeout)
 
 
 class _Links:
@@ -396,9 +352,8 @@ class _Links:
         self._dial = _Dial(options, url)
         self._seeds = deque(url.hosts)
         self._table: list[Address] = []
-        self._idle: dict[Address, list[Link]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._closed = False
+        self.pool = Pool(self._dial)
 
     def routes(self, names: Sequence[bytes], timeout: float) -> Routes:
         """The places of `names` by server."""
@@ -462,78 +417,49 @@ class _Links:
         request: Callable[[int], Sequence[Buffer]],
         ahead: int,
         timeout: float,
-    ) -> Iterator[deque[_Lane]]:
+    ) -> Iterator[deque[Lane[Link]]]:
         """A lane to each server of `routes`, all of them asked. What is left of them is closed."""
-        lanes: deque[_Lane] = deque()
+        lanes: deque[Lane[Link]] = deque()
         try:
             for route, places in routes.items():
-                link = self._take(route.address, timeout)
-                lanes.append(_Lane(link, route, places, request, ahead))
+                link = self.pool.take(route.address, timeout)
+                kind = _Asking if route.asking else Lane[Link]
+                lanes.append(kind(link, places, request, ahead))
             for lane in lanes:
-                lane.link.begin(timeout)
+                lane.wire.begin(timeout)
                 lane.fill()
             yield lanes
         except Exception:
-            self._distrust()
+            self.distrust()
             raise
         finally:
             for lane in lanes:
-                lane.link.close()
+                lane.wire.close()
 
-    def turn(self, lanes: deque[_Lane]) -> None:
+    def turn(self, lanes: deque[Lane[Link]]) -> None:
         """Keep the first lane busy, and go on with the next."""
         lane = lanes[0]
         lane.fill()
         if lane.is_done:
             lanes.popleft()
-            self._give(lane.link)
+            self.pool.give(lane.wire)
         else:
             lanes.rotate(-1)
 
-    @contextlib.contextmanager
-    def taken(self, address: Address, timeout: float) -> Iterator[Link]:
-        """A connection to ask something, which is closed where that fails."""
-        link = self._take(address, timeout)
+    def ask(self, address: Address, *command: object, timeout: float) -> Any:
+        """A command whose answer is not bulk."""
         try:
-            yield link
+            with self.pool.taken(address, timeout) as link:
+                return link.ask(*command, timeout=timeout)
         except Exception:
-            link.close()
-            self._distrust()
+            self.distrust()
             raise
-        self._give(link)
 
-    def _take(self, address: Address, timeout: float) -> Link:
-        while True:
-            with self._lock:
-                if not self._idle[address]:
-                    break
-                link = self._idle[address].pop()
-            if link.is_quiet():
-                return link
-            link.close()  # the server closed it, or says what nobody asked
-        return self._dial(address, timeout)
-
-    def _give(self, link: Link) -> None:
-        with self._lock:
-            idle = self._idle[link.address]
-            if not self._closed and len(idle) < _KEPT:
-                idle.append(link)
-                return
-        link.close()
-
-    def _distrust(self) -> None:
+    def distrust(self) -> None:
         """After a failure every connection is suspect, and the master may be another one."""
-        with self._lock:
-            idle, self._idle = self._idle, defaultdict(list)
-            self._table = []
-        for links in idle.values():
-            for link in links:
-                link.close()
-
-    def close(self) -> None:
-        """Close what is idle now, and the rest when it is given back."""
-        self._closed = True
-        self._distrust()
+        for address in set(self._table):
+            self.pool.distrust(address)
+        self._table = []
 
 
 class _Dial:
@@ -636,7 +562,7 @@ def _command(*words: bytes) -> bytes:
     return b"*%d\r\n" % len(words) + b"".join(map(_word, words))
 
 
-def _number(lane: _Lane, line: bytes, kind: bytes) -> int:
+def _number(lane: Lane[Link], line: bytes, kind: bytes) -> int:
     """The number of an answer such as ":1" or "$4096". Raises what the server says instead."""
     if line.startswith(kind):
         with contextlib.suppress(ValueError):
@@ -644,7 +570,7 @@ def _number(lane: _Lane, line: bytes, kind: bytes) -> int:
     raise _unexpected(lane, line)
 
 
-def _taken(lane: _Lane, line: bytes) -> bool:
+def _taken(lane: Lane[Link], line: bytes) -> bool:
     """The answer to SET NX: whether the value is there now."""
     if line in (b"+OK", b"$-1"):
         return True
@@ -653,7 +579,7 @@ def _taken(lane: _Lane, line: bytes) -> bool:
     raise _unexpected(lane, line)
 
 
-def _unexpected(lane: _Lane, line: bytes) -> StorageError:
+def _unexpected(lane: Lane[Link], line: bytes) -> StorageError:
     told = line.startswith(b"-")
     text = line[1:].decode(errors="replace") if told else "the answer is not what the protocol says"
-    return StorageError(f"{lane.link.address}: {text}")
+    return StorageError(f"{lane.wire.address}: {text}")

@@ -359,7 +359,7 @@ def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str) -> None:
     chance = random.Random(1)
     offsets = [*range(12), *(chance.randrange(20_000) for _ in range(20 if fault == "cut" else 4))]
     for offset in offsets:
-        backend._links._distrust()
+        backend._links.distrust()
         setattr(proxy, f"{fault}_after", offset)
         got: dict[int, bytes] = {}
         patience = LONG if fault == "cut" else 0.05
@@ -383,7 +383,7 @@ def test_garbage_is_an_error_or_stays_within_its_value(proxy: Proxy) -> None:
     put(backend, *range(6), nbytes=3000)
     chance = random.Random(2)
     for _ in range(150):
-        backend._links._distrust()
+        backend._links.distrust()
         proxy.garble_at = (chance.randrange(19_000), chance.randbytes(chance.choice((1, 2, 9))))
         got: dict[int, bytes] = {}
         try:
@@ -610,12 +610,20 @@ def test_a_failover_is_followed(tmp_path: Path) -> None:
                 eventually(lambda: copy.dbsize() == 2)
             master.kill()
             eventually(lambda: client.sentinel_get_master_addr_by_name("kv")[1] == replica)
-        eventually(lambda: backend_answers(backend, 1, 2))
+        eventually(lambda: pings(backend))  # all that a bypassed tier does
         assert everything(backend, 1, 2)
         eventually(lambda: put(backend, 3, timeout=SHORT) == 1)
         master.start()
         assert everything(backend, 1, 2, 3)
         backend.close()
+
+
+def pings(backend: StorageBackend) -> bool:
+    try:
+        backend.ping(SHORT)
+    except (lmcache_core.StorageError, OSError):
+        return False
+    return True
 
 
 def backend_answers(backend: StorageBackend, *numbers: int) -> bool:

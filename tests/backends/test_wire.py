@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backends._wire import SLOWEST, Wire
+from lmcache_backends._wire import SLOWEST, Address, Wire
 from lmcache_core import StorageError
 from tests.certificates import Authority
 
+ADDRESS = Address("here", 1)
 PIECE = st.binary(min_size=0, max_size=40_000)
 
 
@@ -26,7 +27,7 @@ PIECE = st.binary(min_size=0, max_size=40_000)
 def pair(timeout: float = 5.0) -> Iterator[tuple[Wire, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        wire = Wire(ours)
+        wire = Wire(ours, ADDRESS)
         wire.begin(timeout)
         yield wire, theirs
 
@@ -186,7 +187,7 @@ def test_tls_sends_and_receives_the_same(tmp_path: Path) -> None:
     thread.start()
     client_context = ssl.create_default_context(cafile=str(authority.ca))
     with client_context.wrap_socket(ours, server_hostname="localhost") as sock:
-        wire = Wire(sock)
+        wire = Wire(sock, ADDRESS)
         wire.begin(10.0)
         wire.send(parts)
         back = memoryview(bytearray(len(data)))

@@ -1,0 +1,93 @@
+"""Real vLLM on the CPU with tiny random models. Runs where vLLM is installed: make test does it
+in an environment of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
+
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
+
+BLOCK = 32
+"""Tokens of a block in these tests."""
+Engine = Callable[..., contextlib.AbstractContextManager[Any]]
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> None:
+    """vLLM's own threads and files come and go; what we leave behind is tested elsewhere."""
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of full attention."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
+    )  # fmt: skip
+    return saved(config, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sliding layers and a full one: two kinds of KV cache groups."""
+    from transformers import Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
+        sliding_window=64, sliding_window_pattern=4, query_pre_attn_scalar=32,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    return saved(config, tmp_path_factory.mktemp("gemma"))
+
+
+def saved(config: Any, folder: Path, seed: int = 0) -> Path:
+    """A model of random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def engine(model: Path, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
+    """An LLM in this process. `extra`: kv_connector_extra_config; without it, no connector."""
+    from vllm import LLM
+
+    settings: dict[str, Any] = {
+        "model": str(model),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "kv_cache_memory_bytes": 32 << 20,
+        "block_size": BLOCK,
+        "max_model_len": 1024,
+    }
+    if extra is not None:
+        settings["kv_transfer_config"] = {
+            "kv_connector": "LmcacheCoreConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": extra,
+        }
+    llm = LLM(**{**settings, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
