@@ -72,8 +72,9 @@ class Server:
 
     def thaw(self) -> None:
         """Let it go on."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGCONT)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

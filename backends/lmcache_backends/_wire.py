@@ -11,10 +11,9 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Generic, NamedTuple, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, FilePath, model_validator
 
 from lmcache_core import Duration, Options, StorageError
 
@@ -50,9 +49,9 @@ class Tls(Options):
     """`ca`: a file of certificates to trust instead of the system's. `cert`, `key`: files of the
     client's own certificate. `check_hostname`: whether the server's must name the host."""
 
-    ca: Path | None = None
-    cert: Path | None = None
-    key: Path | None = None
+    ca: FilePath | None = None
+    cert: FilePath | None = None
+    key: FilePath | None = None
     check_hostname: bool = True
 
 
@@ -116,13 +115,13 @@ class Wire:
             while part.nbytes:
                 part = part[self._move(sock.send, part[: 1 << 20]) :]
 
-    def line(self) -> bytes:
-        """The next line, without its CR LF."""
-        while (at := self._bytes.find(b"\r\n", self._start, self._end)) < 0:
+    def line(self, end: bytes = b"\r\n") -> bytes:
+        """The next line, without its end."""
+        while (at := self._bytes.find(end, self._start, self._end)) < 0:
             self._make_room()
             self._end += self._receive(self._buffer[self._end :])
         line = bytes(self._buffer[self._start : at])
-        self._start = at + 2
+        self._start = at + len(end)
         return line
 
     def _make_room(self) -> None:

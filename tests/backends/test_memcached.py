@@ -1,0 +1,642 @@
+"""memcached: the conformance suite, and what servers and networks do."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pymemcache.client.base import Client
+
+import lmcache_core
+from lmcache_backends.memcached import MemcachedBackend, MemcachedOptions
+from lmcache_core import ChunkKey, ConfigError, StorageBackend
+from lmcache_core.testing import BackendConformance, no_leaks
+from tests.backends.redis_servers import eventually
+from tests.certificates import Authority
+from tests.servers import Proxy, Server, answers, free_port, program, running
+
+LONG = 20.0
+SHORT = 0.3
+"""Seconds of patience where a fault is to cost it."""
+MIB = 1 << 20
+
+
+def memcached_server(port: int, *options: str, ready: bytes = b"MN\r\n") -> Server:
+    command = [program("memcached"), "-p", str(port), "-l", "127.0.0.1", "-u", "root", *options]
+    return Server(command, answers(port, b"mn\r\n", ready))
+
+
+class RawMemcached:
+    """Bare clients, which read what the module documents."""
+
+    def __init__(self, port: int, prefix: str = "lmcache") -> None:
+        self._port, self._prefix = port, prefix
+
+    def get(self, name: str) -> bytes | None:
+        with contextlib.closing(Client(("127.0.0.1", self._port))) as client:
+            return client.get(name)
+
+    def set(self, name: str, value: bytes | str, flags: int = 0) -> None:
+        with contextlib.closing(Client(("127.0.0.1", self._port))) as client:
+            client.set(name, value, flags=flags, noreply=False)
+
+    def touch(self, name: str, seconds: int) -> None:
+        with contextlib.closing(Client(("127.0.0.1", self._port))) as client:
+            client.touch(name, seconds, noreply=False)
+
+    def remove(self, name: str) -> None:
+        with contextlib.closing(Client(("127.0.0.1", self._port))) as client:
+            client.delete(name, noreply=False)
+
+    def ask(self, command: str, end: bytes = b"\r\n") -> bytes:
+        with socket.create_connection(("127.0.0.1", self._port)) as sock:
+            sock.sendall(f"{command}\r\n".encode())
+            text = b""
+            while not text.endswith(end):
+                text += sock.recv(1 << 16)
+        return text
+
+    def read(self, key: ChunkKey) -> bytes | None:
+        name = f"{self._prefix}:{key}"
+        value = self.get(name)
+        if b" f1" not in self.ask(f"mg {name} f"):
+            return value
+        version, pieces, _ = value.decode().split()
+        parts = [self.get(f"{name}:{version}:{n}") for n in range(int(pieces))]
+        return None if None in parts else b"".join(parts)
+
+    def write(self, key: ChunkKey, value: bytes) -> None:
+        self.set(f"{self._prefix}:{key}", value)
+
+    def names(self) -> list[str]:
+        text = self.ask("lru_crawler metadump all", b"END\r\n")
+        return [name.decode().replace("%3A", ":") for name in re.findall(rb"key=(\S+)", text)]
+
+    def listed(self, count: int) -> list[str]:
+        """The names, once the server's crawler has found all of them: it passes over busy items."""
+        eventually(lambda: len(self.names()) == count)
+        return sorted(self.names())
+
+    def keys(self) -> set[ChunkKey]:
+        names = [name.split(":") for name in self.names() if name.startswith(self._prefix)]
+        return {ChunkKey.parse(words[1]) for words in names if len(words) == 2}
+
+    def left(self, name: str) -> int:
+        """Seconds until an item ends; -1 for never."""
+        return int(self.ask(f"mg {name} t").split()[1][1:])
+
+
+@pytest.fixture(scope="module", params=["1m", "64m"])
+def port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A server for all tests that do it no harm, with small items and with large ones."""
+    port = free_port()
+    with running(memcached_server(port, "-I", request.param, "-m", "1500")):
+        yield port
+
+
+@pytest.fixture
+def raw(port: int) -> RawMemcached:
+    raw = RawMemcached(port)
+    raw.ask("flush_all")
+    return raw
+
+
+@pytest.fixture
+def backend(port: int, raw: RawMemcached) -> Iterator[MemcachedBackend]:
+    with no_leaks():
+        backend = opener(port)()
+        yield backend
+        backend.close()
+
+
+@pytest.fixture
+def proxy(port: int, raw: RawMemcached) -> Iterator[Proxy]:
+    with Proxy(port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[int, Server]]:
+    """A server to be killed and frozen."""
+    port = free_port()
+    with running(memcached_server(port, "-m", "500")) as server:
+        yield port, server
+
+
+def opener(*ports: int, **options: object) -> Callable[[], MemcachedBackend]:
+    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+    options = {"url": f"memcached://{hosts}", **options}
+    return functools.partial(MemcachedBackend, MemcachedOptions(**options))
+
+
+class TestMemcached(BackendConformance):
+    persistent = shared = True
+
+    @pytest.fixture
+    def raw(self, raw: RawMemcached) -> RawMemcached:
+        return raw
+
+    @pytest.fixture
+    def open_backend(self, port: int, raw: RawMemcached) -> Callable[[], StorageBackend]:
+        return opener(port)
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(random.Random(number).randbytes(32))
+
+
+def keys(*numbers: int) -> list[ChunkKey]:
+    return [key(n) for n in numbers]
+
+
+def value(number: int, nbytes: int = 50_000) -> bytes:
+    return random.Random(number).randbytes(nbytes)
+
+
+def put(backend: StorageBackend, *numbers: int, nbytes: int = 50_000, timeout: float = LONG) -> int:
+    chain = keys(*numbers)
+    frames = [(k, [memoryview(value(n, nbytes))]) for n, k in zip(numbers, chain, strict=True)]
+    return backend.put(frames, chain, timeout)
+
+
+def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
+    got = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), timeout)
+    return {numbers[i]: b"".join(parts) for i, parts in got}
+
+
+def everything(backend: StorageBackend, *numbers: int, nbytes: int = 50_000) -> bool:
+    return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
+
+
+def works(backend: StorageBackend) -> bool:
+    try:
+        backend.ping(SHORT)
+    except (lmcache_core.StorageError, OSError):
+        return False
+    return True
+
+
+# Round trips and pieces
+
+
+def test_a_lookup_is_one_round_trip_that_brings_no_values(proxy: Proxy) -> None:
+    backend = opener(proxy.port)()
+    numbers = range(128)
+    put(backend, *numbers, nbytes=20_000)
+    trips, received = proxy.round_trips, proxy.answered
+    assert all(backend.contains(keys(*numbers), LONG))
+    assert proxy.round_trips == trips + 1
+    assert proxy.answered - received < 128 * 10
+    backend.close()
+
+
+@pytest.fixture
+def small_items() -> Iterator[tuple[MemcachedBackend, RawMemcached]]:
+    """A backend on a server whose items have at most 1 MiB."""
+    port = free_port()
+    with running(memcached_server(port, "-I", "1m", "-m", "500")):
+        backend, raw = opener(port)(), RawMemcached(port)
+        yield backend, raw
+        backend.close()
+
+
+def test_a_frame_larger_than_an_item_lies_in_pieces(
+    small_items: tuple[MemcachedBackend, RawMemcached],
+) -> None:
+    backend, raw = small_items
+    assert put(backend, 1, nbytes=5 * MIB) == 1
+    raw.listed(1 + 6)
+    assert raw.read(key(1)) == value(1, 5 * MIB)
+    assert everything(backend, 1, nbytes=5 * MIB)
+    assert [stored.nbytes for stored in backend.scan()] == [5 * MIB]
+    put(backend, 1, nbytes=5 * MIB)
+    raw.listed(1 + 6)
+    backend.delete([key(1)], LONG)
+    raw.listed(0)
+
+
+@pytest.mark.parametrize("near", [-2000, -600, -513, -512, -511, -100, -1, 0, 1])
+def test_sizes_near_the_largest_item(
+    small_items: tuple[MemcachedBackend, RawMemcached], near: int
+) -> None:
+    backend, _ = small_items
+    assert put(backend, 1, 2, nbytes=MIB + near) == 2
+    assert everything(backend, 1, 2, nbytes=MIB + near)
+
+
+@pytest.mark.parametrize("harm", ["gone", "last gone", "another version's", "shorter", "bad head"])
+def test_pieces_that_do_not_belong_together_are_no_chunk(
+    small_items: tuple[MemcachedBackend, RawMemcached], harm: str
+) -> None:
+    """It is left out, and gone, so that it can be stored anew; its neighbours are served."""
+    backend, raw = small_items
+    put(backend, 1, 2, 3, nbytes=3 * MIB)
+    names = [name for name in raw.listed(3 * 5) if str(key(2)) in name]
+    head, pieces = names[0], names[1:]
+    match harm:
+        case "gone":
+            raw.remove(pieces[1])
+        case "last gone":
+            raw.remove(pieces[-1])
+        case "another version's":
+            _, count, nbytes = raw.get(head).split()
+            raw.set(head, b"%b %b %b" % (b"0" * 16, count, nbytes), flags=1)
+        case "shorter":
+            raw.set(pieces[1], b"short")
+        case "bad head":
+            raw.set(head, b"what is this", flags=1)
+    if harm == "shorter":
+        with pytest.raises(lmcache_core.StorageError, match="another size"):
+            get(backend, 1, 2, 3)
+        backend.delete([key(2)], LONG)
+    else:
+        assert get(backend, 1, 2, 3) == {1: value(1, 3 * MIB), 3: value(3, 3 * MIB)}
+    assert backend.contains(keys(1, 2, 3), LONG) == [True, False, True]
+    assert put(backend, 2, nbytes=3 * MIB) == 1
+    assert everything(backend, 1, 2, 3, nbytes=3 * MIB)
+
+
+def test_two_nodes_that_store_the_same_chunk_keep_the_first(
+    small_items: tuple[MemcachedBackend, RawMemcached],
+) -> None:
+    backend, raw = small_items
+    put(backend, 1, nbytes=3 * MIB)
+    raw.listed(1 + 4)
+    other = MemcachedBackend(MemcachedOptions(url=f"memcached://127.0.0.1:{raw._port}"))
+    other.contains = lambda keys, timeout: [False] * len(keys)  # it asked just before
+    frames = [(key(1), [memoryview(bytes(3 * MIB))]), (key(2), [memoryview(b"x")])]
+    assert other.put(frames, keys(1, 2), LONG) == 2
+    assert everything(backend, 1, nbytes=3 * MIB)
+    raw.listed(1 + 4 + 1)
+    other.close()
+
+
+# Keys
+
+
+def test_deployments_share_a_server_under_their_prefixes(port: int, raw: RawMemcached) -> None:
+    one, two = opener(port)(), opener(port, prefix="team-b")()
+    raw.set("lmcache:not-a-key", "x")
+    put(one, 1)
+    put(two, 2)
+    assert one.contains(keys(1, 2), LONG) == [True, False]
+    assert [stored.key for stored in one.scan()] == [key(1)]
+    assert [stored.key for stored in two.scan()] == [key(2)]
+    one.close()
+    two.close()
+
+
+@pytest.mark.parametrize("nbytes", [100, 3 * MIB])
+def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
+    small_items: tuple[MemcachedBackend, RawMemcached], nbytes: int
+) -> None:
+    _, raw = small_items
+    plain, refreshing = opener(raw._port, ttl="90s")(), opener(raw._port, ttl=90, refresh=True)()
+    put(plain, 1, nbytes=nbytes)
+    for name in raw.listed(1 if nbytes < MIB else 5):
+        assert 80 <= raw.left(name) <= 90
+        raw.touch(name, 20)
+    plain.touch([key(1)], LONG)
+    assert all(raw.left(name) <= 20 for name in raw.names())
+    refreshing.touch([key(1)], LONG)
+    assert all(raw.left(name) > 80 for name in raw.names())
+    long = opener(raw._port, ttl=40 * 24 * 3600)()
+    put(long, 2, nbytes=nbytes)
+    days = {raw.left(name) // 86400 for name in raw.names() if str(key(2)) in name}
+    assert days <= {39, 40}
+    short = opener(raw._port, ttl="200ms")()
+    put(short, 3, nbytes=nbytes)
+    eventually(lambda: short.contains([key(3)], LONG) == [False])
+    for backend in (plain, refreshing, long, short):
+        backend.close()
+
+
+# Several servers
+
+
+@pytest.fixture
+def three() -> Iterator[list[tuple[int, Server]]]:
+    ports = [free_port() for _ in range(3)]
+    servers = [memcached_server(port) for port in ports]
+    with running(servers[0]), running(servers[1]), running(servers[2]):
+        yield list(zip(ports, servers, strict=True))
+
+
+def test_a_batch_is_spread_over_servers_and_any_order_of_them_is_the_same(
+    three: list[tuple[int, Server]],
+) -> None:
+    ports = [port for port, _ in three]
+    backend, other = opener(*ports)(), opener(*reversed(ports))()
+    put(backend, *range(90))
+    for port in ports:
+        assert 15 <= len(RawMemcached(port).keys()) <= 45
+    assert everything(other, *range(90))
+    assert len(list(other.scan())) == 90
+    backend.close()
+    other.close()
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_a_server_that_is_lost_loses_its_share_and_comes_back(
+    three: list[tuple[int, Server]], fault: str
+) -> None:
+    backend = opener(*(port for port, _ in three))()
+    put(backend, *range(60))
+    port, server = three[0]
+    lost = {stored for stored in range(60) if backend._servers.of(key(stored)).port == port}
+    assert 5 < len(lost) < 40
+    getattr(server, fault)()
+    began = time.monotonic()
+    found = backend.contains(keys(*range(60)), SHORT)
+    assert [n for n in range(60) if not found[n]] == sorted(lost)
+    assert time.monotonic() - began < SHORT + 0.5
+    began = time.monotonic()
+    for _ in range(20):  # its keys are the others' now, and nobody waits for it
+        assert put(backend, *range(60), timeout=SHORT) == 60
+        assert everything(backend, *range(60))
+    assert time.monotonic() - began < 5.0
+    server.kill()
+    server.start()
+    eventually(lambda: put(backend, *range(60)) == 60 and not backend._servers._resting)
+    assert put(backend, *range(60)) == 60
+    assert everything(backend, *range(60))
+    eventually(lambda: len(RawMemcached(port).keys()) == len(lost))
+    backend.close()
+
+
+def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
+    backend = opener(*(port for port, _ in three))()
+    for _, server in three:
+        server.kill()
+    for _ in range(3):
+        with pytest.raises((lmcache_core.StorageError, OSError)):
+            backend.contains(keys(*range(60)), SHORT)
+        assert not works(backend)
+    for _, server in three:
+        server.start()
+    eventually(lambda: works(backend))
+    assert put(backend, *range(60)) == 60
+    backend.close()
+
+
+# A server that is gone, frozen, slow
+
+
+def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Server]) -> None:
+    port, process = server
+    backend = opener(port)()
+    put(backend, 1)
+    process.kill()
+    with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
+        backend.contains([key(1)], SHORT)
+    process.start()
+    assert backend.contains([key(1)], SHORT) == [False]
+    process.kill()
+    process.start()
+    assert put(backend, 1) == 1
+    assert everything(backend, 1)
+    backend.close()
+
+
+def test_a_server_that_is_down_at_first_is_used_when_it_comes() -> None:
+    port = free_port()
+    backend = opener(port)()
+    assert not works(backend)
+    with running(memcached_server(port)):
+        assert works(backend)
+        assert put(backend, 1) == 1
+    backend.close()
+
+
+def test_kill_9_in_the_middle_of_a_load(server: tuple[int, Server]) -> None:
+    port, process = server
+    backend = opener(port)()
+    numbers = range(12)
+    put(backend, *numbers, nbytes=900_000)
+    arriving = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), LONG)
+    i, parts = next(arriving)
+    process.kill()
+    whole = {i: b"".join(parts)}
+    with pytest.raises((lmcache_core.StorageError, OSError)):
+        whole.update((i, b"".join(parts)) for i, parts in arriving)
+    assert all(got == value(numbers[i], 900_000) for i, got in whole.items())
+    process.start()
+    assert put(backend, *numbers) == 12
+    backend.close()
+
+
+def test_a_frozen_server_costs_the_patience_and_then_works_again(
+    server: tuple[int, Server],
+) -> None:
+    port, process = server
+    backend = opener(port)()
+    put(backend, 1)
+    process.freeze()
+    for call in (
+        lambda: backend.contains([key(1)], SHORT),
+        lambda: get(backend, 1, timeout=SHORT),
+        lambda: put(backend, 2, nbytes=16 << 20, timeout=SHORT),
+        lambda: backend.ping(SHORT),
+        lambda: backend.touch([key(1)], SHORT),
+        lambda: backend.delete([key(1)], SHORT),
+    ):
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            call()
+        assert time.monotonic() - began < SHORT + 3.0
+    process.thaw()
+    eventually(lambda: works(backend))
+    assert put(backend, 1, 3) == 2
+    assert everything(backend, 1, 3)
+    backend.close()
+
+
+# A network that cuts, stalls and garbles
+
+
+@pytest.mark.parametrize("fault", ["cut", "stall"])
+@pytest.mark.parametrize("nbytes", [3000, 2 * MIB])
+def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str, nbytes: int) -> None:
+    """Whatever comes before the fault is right; what comes after it is an error, at once or after
+    the patience; and when the network is well again, so are we."""
+    backend = opener(proxy.port)()
+    address = backend._servers.all[0]
+    put(backend, *range(4), nbytes=nbytes)
+    chance = random.Random(1)
+    offsets = [*range(1, 40, 5), *(chance.randrange(4 * nbytes + 2000) for _ in range(12))]
+    for offset in offsets[:: 1 if fault == "cut" else 4]:
+        backend._pool.distrust(address)
+        setattr(proxy, f"{fault}_after", offset)
+        got: dict[int, bytes] = {}
+        patience = LONG if fault == "cut" else 0.05
+        try:
+            for i, parts in backend.get(
+                keys(*range(4)), lambda n: memoryview(bytearray(n)), patience
+            ):
+                got[i] = b"".join(parts)
+            assert len(got) == 4
+        except (lmcache_core.StorageError, OSError):
+            assert len(got) < 4
+        assert all(v == value(n, nbytes) for n, v in got.items())
+        proxy.heal()
+        assert everything(backend, *range(4), nbytes=nbytes)
+    backend.close()
+
+
+def test_a_line_that_is_too_slow_is_given_up(proxy: Proxy) -> None:
+    backend = opener(proxy.port)()
+    put(backend, 1, nbytes=900_000)
+    proxy.rate = 100_000.0
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        get(backend, 1, timeout=SHORT)
+    assert time.monotonic() - began < 2.0
+    proxy.heal()
+    assert everything(backend, 1, nbytes=900_000)
+    backend.close()
+
+
+# A server that refuses
+
+
+@pytest.mark.parametrize("nbytes", [400_000, 3 * MIB])
+def test_a_full_server_takes_what_fits_and_goes_on_serving(nbytes: int) -> None:
+    port = free_port()
+    with running(memcached_server(port, "-M", "-m", "40")):
+        backend = opener(port)()
+        count = 60 * MIB // nbytes
+        stored = put(backend, *range(count), nbytes=nbytes)
+        assert 0 < stored < count
+        assert everything(backend, *range(stored), nbytes=nbytes)
+        backend.close()
+
+
+@pytest.mark.parametrize("nbytes", [200_000, 3 * MIB])
+def test_a_server_that_evicts_makes_room_by_itself(nbytes: int) -> None:
+    port = free_port()
+    with running(memcached_server(port, "-m", "64")):
+        backend = opener(port)()
+        count = 160 * MIB // nbytes
+        for n in range(count):
+            assert put(backend, n, nbytes=nbytes) == 1
+        got = get(backend, *range(count))
+        assert 0 < len(got) < count
+        assert all(v == value(n, nbytes) for n, v in got.items())
+        backend.close()
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[int]:
+    """A server with a password."""
+    port = free_port()
+    users = tmp_path / "users"
+    users.write_text("kv:pass-word\n")
+    with running(memcached_server(port, "-Y", str(users), ready=b"CLIENT_ERROR")):
+        yield port
+
+
+def test_logins(guarded: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_PASS", "pass-word")
+    for url, more in (
+        (f"memcached://kv:pass-word@127.0.0.1:{guarded}", {}),
+        (f"memcached://kv@127.0.0.1:{guarded}", {"password_env": "KV_PASS"}),
+    ):
+        backend = opener(url=url, **more)()
+        assert put(backend, 1) == 1
+        assert everything(backend, 1)
+        backend.close()
+        options = MemcachedOptions(url=url, **more)
+        assert "pass-word" not in repr(options) + options.identity()
+
+
+@pytest.mark.parametrize("login", ["", "kv:wr0ng-one@", "nobody:wr0ng-one@"])
+def test_a_wrong_login_is_a_config_error_without_the_secret(guarded: int, login: str) -> None:
+    with no_leaks(), pytest.raises(ConfigError, match=r"url: 127.0.0.1:\d+: .*authent") as error:
+        opener(url=f"memcached://{login}127.0.0.1:{guarded}")()
+    assert "wr0ng" not in str(error.value)
+
+
+# TLS and unix sockets
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[tuple[int, Authority]]:
+    """A server that wants a client's certificate."""
+    port = free_port()
+    authority = Authority(tmp_path)
+    pair = authority.issue("localhost")
+    files = f"ssl_chain_cert={pair.cert},ssl_key={pair.key},ssl_ca_cert={authority.ca}"
+    server = memcached_server(port, "-m", "200", "-Z", "-o", f"{files},ssl_verify_mode=2")
+    server._ready = lambda: socket.create_connection(("127.0.0.1", port), 1.0).close()
+    with running(server):
+        yield port, authority
+
+
+def test_tls_with_a_certificate_on_both_sides(tls: tuple[int, Authority]) -> None:
+    port, authority = tls
+    mine = authority.issue("client")
+    files = {"ca": authority.ca, "cert": mine.cert, "key": mine.key}
+    backend = opener(url=f"memcached://localhost:{port}", tls=files)()
+    assert put(backend, *range(4), nbytes=3 * MIB) == 4
+    assert everything(backend, *range(4), nbytes=3 * MIB)
+    backend.close()
+    loose = {**files, "check_hostname": False}
+    backend = opener(url=f"memcached://127.0.0.1:{port}", tls=loose)()
+    assert everything(backend, 1, nbytes=3 * MIB)
+    backend.close()
+
+
+@pytest.mark.parametrize("wrong", ["ca", "host"])
+def test_a_server_that_cannot_be_trusted_is_a_config_error(
+    tls: tuple[int, Authority], tmp_path: Path, wrong: str
+) -> None:
+    port, authority = tls
+    mine = authority.issue("client")
+    ca = Authority(tmp_path, "stranger").ca if wrong == "ca" else authority.ca
+    host = "127.0.0.1" if wrong == "host" else "localhost"
+    files = {"ca": ca, "cert": mine.cert, "key": mine.key}
+    with no_leaks(), pytest.raises(ConfigError, match="CERTIFICATE_VERIFY_FAILED"):
+        opener(url=f"memcached://{host}:{port}", tls=files)()
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "memcached.sock"
+    command = [program("memcached"), "-s", str(path), "-u", "root"]
+    with running(Server(command, path.stat)):
+        backend = opener(url=f"memcached://{path}")()
+        assert put(backend, 1, nbytes=3 * MIB) == 1
+        assert everything(backend, 1, nbytes=3 * MIB)
+        backend.close()
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("url", "options"),
+    [
+        ("redis://host", {}),
+        ("memcached://", {}),
+        ("memcached://host:port", {}),
+        ("memcached://host/path", {}),
+        ("memcached://host?x=1", {}),
+        ("memcached://u:s3cret@host", {"refresh": True}),
+        ("memcached://u:s3cret@host", {"prefix": "two words"}),
+        ("memcached://u:s3/cret@host", {}),
+        ("memcached://u:s3cret@host", {"tls": {"ca": "/no/such/file"}}),
+        ("memcached://u:s3cret@host", {"password_env": "NO_SUCH"}),
+    ],
+)
+def test_options_that_cannot_be_are_errors_without_secrets(url: str, options: dict) -> None:
+    with pytest.raises(ConfigError) as error:
+        lmcache_core.open({"tiers": [{"backend": "memcached", "url": url, **options}]})
+    assert "tiers[0]" in str(error.value)
+    assert "s3cret" not in str(error.value)
+    assert "s3/cret" not in str(error.value)
