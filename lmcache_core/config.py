@@ -195,7 +195,7 @@ def _explain(details: Any, known: Sequence[str]) -> str:
 def _shown(key: str, value: object) -> str:
     if _SECRET.search(key):
         return "*** (not shown)"
-    text = re.sub(r"://[^/@\s]*@", "://***@", repr(value))
+    text = re.sub(r"://\S*@", "://***@", repr(value))  # a password may hold a / by mistake
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -58,6 +58,7 @@ class S3Server(Server):
         command = [
             *(program("weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", *ports),
             *("-master.telemetry=false", "-master.volumeSizeLimitMB=512", "-volume.max=100"),
+            *("-master.electionTimeout=1s", "-master.heartbeatInterval=50ms"),  # starts in 3 s
             *("-filer", "-s3", f"-s3.port={self.port}", f"-s3.port.grpc={free_port()}"),
             *(f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             "-s3.domainName=s3.test",

@@ -133,7 +133,8 @@ class S3Options(Options):
     def identity(self) -> str:
         """Two tiers of equal identity would be one store."""
         url = parse_url(self.url.get_secret_value())
-        return f"{(self.endpoint or 's3:/').rstrip('/')}/{url.bucket}/{url.prefix}"
+        server = self.endpoint.rstrip("/") if self.endpoint else "s3:/"
+        return f"{server}/{url.bucket}/{url.prefix}"
 
 
 class Url(NamedTuple):
