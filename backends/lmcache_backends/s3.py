@@ -70,6 +70,10 @@ _FIRST_WAVE, _WAVE = 16, 64
 """HEADs at a time: at first, and then."""
 _DELETES = 1000
 """Keys in one DeleteObjects: the most that S3 takes."""
+_RANGE = 8 << 20
+"""Bytes that one connection is asked for where frames are fewer than connections. Each connection
+has a limit of its own in S3: with 20 MB/s each, two frames of 16 MiB come at 73 MB/s and not 37.
+Where this machine is the limit instead, ranges cost a tenth."""
 _PIECE = 256 << 10
 """Bytes handed to a connection at a time; what its socket does not take at once is copied."""
 _SMALL = 16 << 10
@@ -202,7 +206,8 @@ class S3Backend(StorageBackend):
     ) -> Iterator[tuple[int, Parts]]:
         arrived: queue.SimpleQueue[tuple[int, Parts] | None] = queue.SimpleQueue()
         slots = asyncio.Semaphore(self._options.parallel)
-        load = _Load(keys, allocate, _Patience(timeout), slots, arrived)
+        split = len(keys) < self._options.parallel
+        load = _Load(keys, allocate, _Patience(timeout), split, slots, arrived)
         job = self._loop.submit(self._load(load))
         job.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -299,17 +304,36 @@ class S3Backend(StorageBackend):
             load.arrived.put((i, [frame]))
 
     async def _read(self, name: str, load: _Load) -> memoryview | None:
+        """The first range tells the size; what a large frame has beyond it is read beside it."""
+        part = {"Range": _range(0)} if load.split else {}
         try:
-            answer = await self._ask("get_object", load.patience, Key=name)
+            first = await self._ask("get_object", load.patience, Key=name, **part)
         except Refused as refused:
+            if refused.status == 416:  # what is empty has no first byte
+                return memoryview(b"")
             if refused.status == 404:
                 return None
             raise
-        async with answer["Body"] as body:  # closes the connection where bytes are left in it
-            buffer = load.allocate(answer["ContentLength"])
-            with _told("get_object"):
-                await _fill(buffer, body, load.patience)
+        here = first["ContentLength"]
+        async with first["Body"]:  # closes the connection where bytes are left in it
+            nbytes = int(first.get("ContentRange", f"/{here}").rpartition("/")[2])
+            buffer = load.allocate(nbytes)
+            rest = [
+                self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
+                for at in range(here, nbytes, _RANGE)
+            ]
+            await _together([_fill(buffer[:here], first["Body"], load.patience), *rest])
         return buffer
+
+    async def _read_range(
+        self, name: str, at: int, target: memoryview, version: str, load: _Load
+    ) -> None:
+        part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
+        answer = await self._ask("get_object", load.patience, Key=name, **part)
+        async with answer["Body"] as body:
+            if answer["ContentLength"] != target.nbytes:
+                raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
+            await _fill(target, body, load.patience)
 
     async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: _Patience) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
@@ -443,6 +467,8 @@ class _Load(NamedTuple):
     keys: Sequence[ChunkKey]
     allocate: Allocate
     patience: _Patience
+    split: bool
+    """Read a large frame by ranges, for connections are left over."""
     slots: asyncio.Semaphore
     """One for each frame that is read, or lies in `arrived`, or is in the caller's hands."""
     arrived: queue.SimpleQueue[tuple[int, Parts] | None]
@@ -608,11 +634,16 @@ async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
+def _range(start: int) -> str:
+    return f"bytes={start}-{start + _RANGE - 1}"
+
+
 async def _fill(buffer: memoryview, body: Any, patience: _Patience) -> None:
     """Read a body of just that size."""
     filled = 0
     while filled < buffer.nbytes:
-        n = await body.readinto(buffer[filled:])
+        with _told("get_object"):
+            n = await body.readinto(buffer[filled:])
         if n == 0:
             raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
         patience.moved(n)
