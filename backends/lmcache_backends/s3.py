@@ -330,10 +330,10 @@ class S3Backend(StorageBackend):
     ) -> None:
         part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
         answer = await self._ask("get_object", load.patience, Key=name, **part)
-        async with answer["Body"] as body:
+        async with answer["Body"]:
             if answer["ContentLength"] != target.nbytes:
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
-            await _fill(target, body, load.patience)
+            await _fill(target, answer["Body"], load.patience)
 
     async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: _Patience) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
