@@ -44,6 +44,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
     SSLError,
@@ -93,10 +94,11 @@ _UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingConte
 _FORBIDDEN = "is not for these credentials (needs ListBucket, GetObject, PutObject, DeleteObject)"
 _MISTAKES = (
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
-    ValidationError,
     SSLError,
+    ValidationError,
 )
 """What only another configuration helps against."""
 _LOADER = AioSession().get_component("data_loader")
@@ -108,7 +110,7 @@ class S3Options(Options):
     AWS's tools look for them: the environment, a profile, the machine's role. `anonymous`: sign
     nothing. `endpoint`: http(s)://host[:port] of a server other than Amazon's. `addressing`: the
     bucket's place in a request's address; `auto` is the host's name for Amazon and the path for
-    others. `parallel`: requests that one call may have under way.
+    others. `parallel`: frames that one call may have under way.
     """
 
     url: SecretStr
@@ -183,20 +185,21 @@ class S3Backend(StorageBackend):
 
     def __init__(self, options: S3Options) -> None:
         url = parse_url(options.url.get_secret_value())
-        _check_files(options.tls)
+        if options.tls != Tls():
+            _check_files(options.tls)
         self._options = options
         self._bucket, self._prefix = url.bucket, url.prefix
         self._conditional = True
         self._connecting: asyncio.Task[Any] | None = None
         self._loop = _Loop("lmcache-s3")
-        try:
-            self.ping(_OPEN_SECONDS)
+        try:  # a list, for the answer to a HEAD would not tell the reason
+            self._loop.call(self._list({"MaxKeys": 1}, _Patience(_OPEN_SECONDS)))
         except (Refused, Mistake) as error:
             if problem := self._problem(error):
                 self.close()
                 raise ConfigError(problem) from None
         except Exception:
-            pass
+            pass  # down or slow: the tier finds out, and comes back by itself
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         return self._loop.call(self._find(keys, _Patience(timeout)))
@@ -232,7 +235,7 @@ class S3Backend(StorageBackend):
 
     def scan(self) -> Iterator[Stored]:
         name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
-        more: dict[str, str] = {}
+        more: dict[str, Any] = {}
         while True:
             page = self._loop.call(self._list(more, _Patience(_SCAN_SECONDS)))
             for entry in page.get("Contents", ()):
@@ -251,7 +254,7 @@ class S3Backend(StorageBackend):
     def _problem(self, error: Refused | Mistake) -> str:
         """What makes the configuration useless; "" where the server may work a moment later."""
         if isinstance(error, Mistake):
-            return str(error)
+            return f"url: {error}"
         bucket = f"url: the bucket {self._bucket!r}"
         reasons = {
             404: "does not exist",
@@ -396,7 +399,7 @@ class S3Backend(StorageBackend):
                 return
         await _together(self._ask("delete_object", patience, Key=name) for name in names)
 
-    async def _list(self, more: dict[str, str], patience: _Patience) -> Any:
+    async def _list(self, more: dict[str, Any], patience: _Patience) -> Any:
         async with patience:
             return await self._ask("list_objects_v2", patience, Prefix=f"{self._prefix}/", **more)
 
