@@ -15,6 +15,8 @@ import boto3
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 
+PARALLEL = 16
+"""Requests at once: the backend's default."""
 STOCK_THREADS = 10
 """What boto3's own transfer manager uses."""
 
@@ -40,7 +42,7 @@ class Bucket(NamedTuple):
 class Bare:
     """A client of aiobotocore on a loop of the calling thread, with `parallel` requests at once."""
 
-    def __init__(self, bucket: Bucket, parallel: int) -> None:
+    def __init__(self, bucket: Bucket, parallel: int = PARALLEL) -> None:
         self._bucket, self._parallel = bucket.name, parallel
         self._runner = asyncio.Runner()
         config = AioConfig(
