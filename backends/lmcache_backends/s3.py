@@ -356,11 +356,11 @@ class S3Backend(StorageBackend):
                 return True
             if not await self._is_there(name, patience):
                 await self._put(name, parts, patience)
+                self._conditional = False  # it works without, so that was not understood
         except Refused as refused:
             if refused.says(_FULL):
                 return False
             raise
-        self._conditional = False  # what the server did not understand works without it
         return True
 
     async def _put_if_absent(self, name: str, parts: Parts, patience: _Patience) -> bool:
@@ -564,16 +564,16 @@ class _Loop:
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `work` there; cancelling the future cancels it."""
-        try:
-            if self._thread.is_alive():  # it is not in a forked child
+        with self._lock:  # nothing may come after the end, for nobody would answer it
+            if not self._closed and self._thread.is_alive():  # it is not, in a forked child
                 return asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError:  # closed just now
-            pass
         work.close()
         raise StorageError("closed")
 
@@ -592,8 +592,10 @@ class _Loop:
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Cancel everything, run `last` and end the thread; one that hangs is left behind."""
-        with contextlib.suppress(StorageError):
-            self.submit(self._end(last))
+        with self._lock:
+            if not self._closed and self._thread.is_alive():
+                asyncio.run_coroutine_threadsafe(self._end(last), self._loop)
+            self._closed = True
         self._thread.join(_CLOSE_SECONDS)
 
     async def _end(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:

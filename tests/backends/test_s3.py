@@ -7,6 +7,7 @@ import logging
 import random
 import socket
 import ssl
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -752,10 +753,10 @@ def test_what_moves_may_take_longer_and_what_crawls_may_not(
 ) -> None:
     backend = opened(proxy.port, prefix, parallel=1)
     put(backend, 1, nbytes=32 << 20)
-    proxy.rate = 40 << 20
+    proxy.rate = 24 << 20
     began = time.monotonic()
-    assert get(backend, 1, timeout=0.5) == {1: value(1, 32 << 20)}
-    assert time.monotonic() - began > 0.5
+    assert get(backend, 1, timeout=1.0) == {1: value(1, 32 << 20)}
+    assert time.monotonic() - began > 1.0
     proxy.rate = 2 << 20
     with pytest.raises(TimeoutError):
         get(backend, 1, timeout=0.5)
@@ -858,6 +859,26 @@ def test_a_closed_backend_says_so(server: S3Server, prefix: str) -> None:
     for call in (here, get, put):
         with pytest.raises(StorageError, match="closed"):
             call(backend, 1)
+
+
+def test_calls_while_it_closes_work_or_fail_and_never_hang(server: S3Server, prefix: str) -> None:
+    for _ in range(10):
+        backend = S3Backend(options(server.endpoint, prefix))
+        closing = threading.Barrier(4)
+
+        def work(backend: S3Backend = backend, closing: threading.Barrier = closing) -> str:
+            closing.wait()
+            try:
+                while True:
+                    here(backend, 1)
+            except StorageError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [pool.submit(work) for _ in range(3)]
+            closing.wait()
+            backend.close()
+            assert [job.result(10) for job in jobs] == ["closed"] * 3
 
 
 # TLS
