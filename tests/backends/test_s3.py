@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+import lmcache_core
 from lmcache_backends import s3
 from lmcache_backends.s3 import S3Backend, S3Options
-from lmcache_core import ChunkKey, ConfigError, StorageError
+from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, StorageError, Tensors
 from lmcache_core.config import load as load_config
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.certificates import Authority, Pair
@@ -689,6 +690,43 @@ def test_a_server_that_stays_busy_costs_one_deadline_and_is_named(
     assert len(front.requests) <= 3 * 6  # it backs off
     front.intervene = lambda request: None
     assert put(backend, 1) == 1
+
+
+# Under an engine
+
+
+def test_what_one_engine_stores_another_loads_and_damage_is_a_miss(
+    server: S3Server, prefix: str
+) -> None:
+    url = f"s3://{LOGIN}{BUCKET}/{prefix}"
+    tier = {"backend": "s3", "url": url, "endpoint": server.endpoint, "deadline": "5s"}
+    group = LayerGroup(
+        kind="attention", layers=(0, 1), kv_heads=2, key_dim=4, value_dim=4, dtype="float32"
+    )
+
+    def gather(index: int, out: Tensors) -> None:
+        for tensor in out.values():
+            tensor.fill_(index + 1)
+
+    with (
+        no_leaks(),
+        lmcache_core.open({"chunk_size": 16, "tiers": [tier]}) as one,
+        lmcache_core.open({"chunk_size": 16, "tiers": [tier]}) as two,
+    ):
+        namespace = one.namespace(model="m", layout=KVLayout(groups=(group,)))
+        keys = one.keys(namespace, list(range(160)))
+        assert two.lookup(keys).chunks == 0
+        assert one.store(namespace, keys, gather) == 10
+        one.flush()
+        hit = two.lookup(keys)
+        assert hit.chunks == 10
+        for chunk in two.load(hit):
+            assert all((tensor == chunk.index + 1).all() for tensor in chunk.tensors.values())
+        raw = RawObjects(server.endpoint, prefix)
+        raw.write(keys[4], raw.read(keys[4])[:-1] + b"!")
+        assert [chunk.index for chunk in two.load(two.lookup(keys))] == [0, 1, 2, 3]
+        assert two.stats()["missed", "damaged", "s3"] == 1
+        assert raw.read(keys[4]) is None
 
 
 # A network that fails
