@@ -50,18 +50,26 @@ class S3Server(Server):
         identities = folder / "identities.json"
         identities.write_text(json.dumps({"identities": _IDENTITIES}))
         (folder / "data").mkdir()
-        ports = [
-            f"-{server}.port{kind}={free_port()}"
-            for server in ("master", "volume", "filer")
+        self.ports = {
+            f"{server}.port{kind}": free_port()
+            for server in ("master", "volume", "filer", "s3")
             for kind in ("", ".grpc")
-        ]
+        }
+        self.ports["s3.port"] = self.port
+        ports = [f"-{name}={port}" for name, port in self.ports.items()]
         command = [
-            *(program("weed"), "server", f"-dir={folder / 'data'}", "-ip=127.0.0.1", *ports),
+            *(
+                program("weed"),
+                "-logtostderr",
+                "server",
+                f"-dir={folder / 'data'}",
+                "-ip=127.0.0.1",
+                *ports,
+            ),
             *("-master.telemetry=false", "-master.volumeSizeLimitMB=512", "-volume.max=100"),
             *("-master.electionTimeout=1s", "-master.heartbeatInterval=50ms"),  # starts in 3 s
-            *("-filer", "-s3", f"-s3.port={self.port}", f"-s3.port.grpc={free_port()}"),
-            *(f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-            "-s3.domainName=s3.test",
+            *("-filer", "-s3", f"-s3.config={identities}", "-s3.domainName=s3.test"),
+            *("-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
         super().__init__(command, self._make_buckets, folder / "log")
 
@@ -102,6 +110,9 @@ def s3_server(folder: Path) -> Iterator[S3Server]:
     server = S3Server(folder)
     with running(server):
         yield server
+    for port in server.ports.values():  # which SeaweedFS leaves behind when it is killed
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink()
 
 
 Answer = tuple[int, str]

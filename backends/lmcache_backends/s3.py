@@ -15,7 +15,7 @@ a use leaves no trace, and no answer is remembered, so what another node stores 
 Lookup: S3 has no request for many names (a list has an order of its own, and costs more), so each
 key is one HEAD, many at a time. The first wave is small; after a wave in which nothing was found
 the rest counts as absent without being asked for. That costs a cold prompt 16 requests, however
-long it is, and loses nothing: chunks behind such a hole are of no use.
+long it is. Chunks behind such a hole are of no use, unless a slower tier has those in it.
 
 aiobotocore runs on an event loop on a thread of its own. Callers wait for it; what is late is
 cancelled there.
@@ -74,7 +74,7 @@ _DELETES = 1000
 _RANGE = 8 << 20
 """Bytes that one connection is asked for where frames are fewer than connections. Each connection
 has a limit of its own in S3: with 20 MB/s each, two frames of 16 MiB come at 73 MB/s and not 37.
-Where this machine is the limit instead, ranges cost a tenth."""
+Where this machine is the limit instead, ranges cost a tenth to a third of the speed."""
 _PIECE = 256 << 10
 """Bytes handed to a connection at a time; what its socket does not take at once is copied."""
 _SMALL = 16 << 10
