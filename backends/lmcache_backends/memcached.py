@@ -648,10 +648,13 @@ class _Dial:
 
 
 def _context(tls: Tls) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
+    try:
+        context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
+        if tls.cert:
+            context.load_cert_chain(tls.cert, tls.key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
     context.check_hostname = tls.check_hostname
-    if tls.cert:
-        context.load_cert_chain(tls.cert, tls.key)
     return context
 
 

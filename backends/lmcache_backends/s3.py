@@ -1,0 +1,671 @@
+"""s3: a bucket of Amazon S3, or of anything that speaks its protocol.
+
+    <prefix>/<3 hex digits>/<64 hex digits>     a whole frame, one object a chunk
+
+The three digits are the last of the key, so of a hash: S3 divides a bucket among its machines by
+the beginnings of names, and grants each part a rate of requests of its own. A key itself begins
+with its namespace, which one model's chunks share.
+
+An object is there whole or not at all. It is put on the condition that none of its name is there
+(If-None-Match), so that of several nodes with the same chunk one stores it. Frames have their own
+checksum; those of S3's clients, which cost a pass over all bytes, are left out, and bodies are not
+signed. Which chunks stay is the affair of the bucket's lifecycle rules: nothing here has a `ttl`,
+a use leaves no trace, and no answer is remembered, so what another node stores is seen at once.
+
+Lookup: S3 has no request for many names (a list has an order of its own, and costs more), so each
+key is one HEAD, many at a time. The first wave is small; after a wave in which nothing was found
+the rest counts as absent without being asked for. That costs a cold prompt 16 requests, however
+long it is. Chunks behind such a hole are of no use, unless a slower tier has those in it.
+
+aiobotocore runs on an event loop on a thread of its own. Callers wait for it; what is late is
+cancelled there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import random
+import re
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import unquote
+
+import aiohttp
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore import UNSIGNED
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+    ValidationError,
+)
+from botocore.handlers import add_expect_header
+from pydantic import Field, SecretStr, model_validator
+
+from lmcache_backends._wire import SLOWEST, Tls
+from lmcache_core import (
+    Allocate,
+    ChunkKey,
+    ConfigError,
+    Options,
+    Parts,
+    StorageBackend,
+    StorageError,
+    Stored,
+)
+
+T = TypeVar("T")
+
+_FIRST_WAVE, _WAVE = 16, 64
+"""HEADs at a time: at first, and then."""
+_DELETES = 1000
+"""Keys in one DeleteObjects: the most that S3 takes."""
+_RANGE = 8 << 20
+"""Bytes that one connection is asked for where frames are fewer than connections. Each connection
+has a limit of its own in S3: with 20 MB/s each, two frames of 16 MiB come at 73 MB/s and not 37.
+Where this machine is the limit instead, ranges cost a tenth to a third of the speed."""
+_PIECE = 256 << 10
+"""Bytes handed to a connection at a time; what its socket does not take at once is copied."""
+_SMALL = 16 << 10
+"""Parts below this are joined, so that each does not cost a packet."""
+_OPEN_SECONDS = 1.0
+_SCAN_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+_PAUSES = (0.05, 1.0)
+"""Seconds before a request is tried again: at first, doubled up to the second."""
+_BUSY = {"SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "InternalError"}
+_BUSY |= {"ConditionalRequestConflict", "OperationAborted", "429", "503"}
+"""What a server says when the same request may work a moment later."""
+_FULL = {"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "507"}
+_FULL |= {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
+_UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingContentMD5", "501"}
+"""What a server says to a request that only others understand."""
+_FORBIDDEN = "is not for these credentials (needs ListBucket, GetObject, PutObject, DeleteObject)"
+_MISTAKES = (
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+    ValidationError,
+)
+"""What only another configuration helps against."""
+_LOADER = AioSession().get_component("data_loader")
+"""Keeps the description of S3's protocol, a megabyte to parse, for every backend."""
+
+
+class S3Options(Options):
+    """`url`: s3://[key id:secret@]bucket[/prefix]; credentials that are not there come from where
+    AWS's tools look for them: the environment, a profile, the machine's role. `anonymous`: sign
+    nothing. `endpoint`: http(s)://host[:port] of a server other than Amazon's. `addressing`: the
+    bucket's place in a request's address; `auto` is the host's name for Amazon and the path for
+    others. `parallel`: frames that one call may have under way.
+    """
+
+    url: SecretStr
+    endpoint: str | None = Field(default=None, pattern=r"^https?://[^/@\s]+/?$")
+    region: str | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    anonymous: bool = False
+    parallel: int = Field(default=16, ge=1, le=256)
+    tls: Tls = Field(default_factory=Tls)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> S3Options:
+        url = parse_url(self.url.get_secret_value())
+        if self.anonymous and url.key_id:
+            raise ValueError("expected either credentials in url or anonymous")
+        if self.tls != Tls() and (self.endpoint or "").startswith("http://"):
+            raise ValueError("tls needs an endpoint that begins with https://")
+        if not self.tls.check_hostname:
+            raise ValueError(
+                "check_hostname cannot be off for s3: name the host as its certificate"
+            )
+        if self.tls.key and not self.tls.cert:
+            raise ValueError("tls.key needs a tls.cert")
+        return self
+
+    def identity(self) -> str:
+        """Two tiers of equal identity would be one store."""
+        url = parse_url(self.url.get_secret_value())
+        server = self.endpoint.rstrip("/") if self.endpoint else "s3:/"
+        return f"{server}/{url.bucket}/{url.prefix}"
+
+
+class Url(NamedTuple):
+    """What a url says."""
+
+    bucket: str
+    prefix: str
+    key_id: str | None
+    secret: str | None
+
+
+def parse_url(text: str) -> Url:
+    """Raises ValueError, which never quotes the url: it may hold a secret."""
+    match = re.fullmatch(r"s3://(?:([^:@/]+):([^:@/]+)@)?([a-zA-Z0-9][\w.-]+)(/[\w.!()/-]*)?", text)
+    if match is None:
+        raise ValueError("expected s3://[key id:secret@]bucket[/prefix], with / in a secret as %2F")
+    key_id, secret, bucket, path = match.groups()
+    prefix = (path or "").strip("/") or "lmcache"
+    return Url(bucket, prefix, key_id and unquote(key_id), secret and unquote(secret))
+
+
+class Refused(StorageError):
+    """The server answered, and the answer is no."""
+
+    def __init__(self, operation: str, status: int, code: str) -> None:
+        super().__init__(f"{operation}: the server says {code} ({status})")
+        self.status, self.code = status, code
+
+    def says(self, codes: set[str]) -> bool:
+        """Whether this is one of `codes`: names, or statuses where there is no body to name it."""
+        return self.code in codes or str(self.status) in codes
+
+
+class Mistake(StorageError):
+    """Credentials or certificates are missing or wrong: trying again does not help."""
+
+
+class S3Backend(StorageBackend):
+    """Frames as objects of a bucket."""
+
+    Options = S3Options
+
+    def __init__(self, options: S3Options) -> None:
+        url = parse_url(options.url.get_secret_value())
+        if options.tls != Tls():
+            _check_files(options.tls)
+        self._options = options
+        self._bucket, self._prefix = url.bucket, url.prefix
+        self._conditional = True
+        self._connecting: asyncio.Task[Any] | None = None
+        self._loop = _Loop("lmcache-s3")
+        try:  # a list, for the answer to a HEAD would not tell the reason
+            self._loop.call(self._list({"MaxKeys": 1}, _Patience(_OPEN_SECONDS)))
+        except (Refused, Mistake) as error:
+            if problem := self._problem(error):
+                self.close()
+                raise ConfigError(problem) from None
+        except Exception:
+            pass  # down or slow: the tier finds out, and comes back by itself
+
+    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+        return self._loop.call(self._find(keys, _Patience(timeout)))
+
+    def get(
+        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
+    ) -> Iterator[tuple[int, Parts]]:
+        arrived: queue.SimpleQueue[tuple[int, Parts] | None] = queue.SimpleQueue()
+        slots = asyncio.Semaphore(self._options.parallel)
+        split = len(keys) < self._options.parallel
+        load = _Load(keys, allocate, _Patience(timeout), split, slots, arrived)
+        job = self._loop.submit(self._load(load))
+        job.add_done_callback(lambda _: arrived.put(None))
+        try:
+            while (item := arrived.get()) is not None:
+                yield item
+                del item
+                self._loop.soon(slots.release)
+            _result(job)
+        finally:
+            job.cancel()
+
+    def put(
+        self,
+        frames: Sequence[tuple[ChunkKey, Parts]],
+        chain: Sequence[ChunkKey],
+        timeout: float,
+    ) -> int:
+        return self._loop.call(self._store(frames, _Patience(timeout)))
+
+    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+        self._loop.call(self._remove([self._name(key) for key in keys], _Patience(timeout)))
+
+    def scan(self) -> Iterator[Stored]:
+        name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
+        more: dict[str, Any] = {}
+        while True:
+            page = self._loop.call(self._list(more, _Patience(_SCAN_SECONDS)))
+            for entry in page.get("Contents", ()):
+                if match := name.fullmatch(entry["Key"]):
+                    yield Stored(ChunkKey.parse(match[2]), entry["Size"])
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def ping(self, timeout: float) -> None:
+        self._loop.call(self._knock(_Patience(timeout)))
+
+    def close(self) -> None:
+        self._loop.close(self._disconnect)
+
+    def _problem(self, error: Refused | Mistake) -> str:
+        """What makes the configuration useless; "" where the server may work a moment later."""
+        if isinstance(error, Mistake):
+            return f"url: {error}"
+        bucket = f"url: the bucket {self._bucket!r}"
+        reasons = {
+            404: "does not exist",
+            403: _FORBIDDEN,
+            401: _FORBIDDEN,
+            301: "is in another region",
+        }
+        if 400 <= error.status < 500 or error.status == 301:
+            return f"{bucket} {reasons.get(error.status, 'cannot be used')}: {error}"
+        return ""
+
+    def _name(self, key: ChunkKey) -> str:
+        text = str(key)
+        return f"{self._prefix}/{text[-3:]}/{text}"
+
+    # On the loop
+
+    async def _find(self, keys: Sequence[ChunkKey], patience: _Patience) -> list[bool]:
+        found: list[bool] = []
+        async with patience:
+            while len(found) < len(keys):
+                wave = keys[len(found) :][: _WAVE if found else _FIRST_WAVE]
+                answers = await _together(self._is_there(self._name(key), patience) for key in wave)
+                found += answers
+                if not any(answers):
+                    break
+        return found + [False] * (len(keys) - len(found))
+
+    async def _is_there(self, name: str, patience: _Patience) -> bool:
+        try:
+            await self._ask("head_object", patience, Key=name)
+        except Refused as refused:
+            if refused.status == 404:
+                return False
+            raise
+        return True
+
+    async def _load(self, load: _Load) -> None:
+        async with load.patience:
+            await _together(self._load_one(load, i) for i in range(len(load.keys)))
+
+    async def _load_one(self, load: _Load, i: int) -> None:
+        """A slot is taken here, and given back by whoever takes the frame."""
+        await load.slots.acquire()
+        with load.patience.waiting():
+            frame = await self._read(self._name(load.keys[i]), load)
+        if frame is None:
+            load.slots.release()
+        else:
+            load.arrived.put((i, [frame]))
+
+    async def _read(self, name: str, load: _Load) -> memoryview | None:
+        """The first range tells the size; what a large frame has beyond it is read beside it."""
+        part = {"Range": _range(0)} if load.split else {}
+        try:
+            first = await self._ask("get_object", load.patience, Key=name, **part)
+        except Refused as refused:
+            if refused.status == 416:  # what is empty has no first byte
+                return memoryview(b"")
+            if refused.status == 404:
+                return None
+            raise
+        here = first["ContentLength"]
+        async with first["Body"]:  # closes the connection where bytes are left in it
+            nbytes = int(first.get("ContentRange", f"/{here}").rpartition("/")[2])
+            buffer = load.allocate(nbytes)
+            rest = [
+                self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
+                for at in range(here, nbytes, _RANGE)
+            ]
+            await _together([_fill(buffer[:here], first["Body"], load.patience), *rest])
+        return buffer
+
+    async def _read_range(
+        self, name: str, at: int, target: memoryview, version: str, load: _Load
+    ) -> None:
+        part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
+        answer = await self._ask("get_object", load.patience, Key=name, **part)
+        async with answer["Body"]:
+            if answer["ContentLength"] != target.nbytes:
+                raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
+            await _fill(target, answer["Body"], load.patience)
+
+    async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: _Patience) -> int:
+        slots = asyncio.Semaphore(self._options.parallel)
+
+        async def one(key: ChunkKey, parts: Parts) -> bool:
+            async with slots:
+                return await self._store_one(self._name(key), parts, patience)
+
+        async with patience:
+            stored = await _together(one(key, parts) for key, parts in frames)
+        return [*stored, False].index(False)
+
+    async def _store_one(self, name: str, parts: Parts, patience: _Patience) -> bool:
+        """False where the store is full."""
+        try:
+            if self._conditional and await self._put_if_absent(name, parts, patience):
+                return True
+            if not await self._is_there(name, patience):
+                await self._put(name, parts, patience)
+                self._conditional = False  # it works without, so that was not understood
+        except Refused as refused:
+            if refused.says(_FULL):
+                return False
+            raise
+        return True
+
+    async def _put_if_absent(self, name: str, parts: Parts, patience: _Patience) -> bool:
+        """False where the server does not understand the condition."""
+        try:
+            await self._put(name, parts, patience, IfNoneMatch="*")
+        except Refused as refused:
+            if refused.says(_UNKNOWN):
+                return False
+            if refused.status != 412:
+                raise
+        return True
+
+    async def _put(self, name: str, parts: Parts, patience: _Patience, **condition: str) -> None:
+        body = _Body(parts, patience)
+        size = {"ContentLength": body.nbytes}
+        await self._ask("put_object", patience, Key=name, Body=body, **size, **condition)
+
+    async def _remove(self, names: Sequence[str], patience: _Patience) -> None:
+        async with patience:
+            for at in range(0, len(names), _DELETES):
+                await self._remove_some(names[at : at + _DELETES], patience)
+
+    async def _remove_some(self, names: Sequence[str], patience: _Patience) -> None:
+        """In one request; one by one where the server knows none such, or wants an MD5 for it."""
+        if len(names) > 1:
+            batch = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+            try:
+                answer = await self._ask("delete_objects", patience, Delete=batch)
+            except Refused as refused:
+                if not refused.says(_UNKNOWN):
+                    raise
+            else:
+                for error in answer.get("Errors", ()):
+                    raise Refused("delete_objects", 200, error.get("Code", "an error"))
+                return
+        await _together(self._ask("delete_object", patience, Key=name) for name in names)
+
+    async def _list(self, more: dict[str, Any], patience: _Patience) -> Any:
+        async with patience:
+            return await self._ask("list_objects_v2", patience, Prefix=f"{self._prefix}/", **more)
+
+    async def _knock(self, patience: _Patience) -> None:
+        async with patience:
+            await self._ask("head_bucket", patience)
+
+    async def _ask(self, operation: str, patience: _Patience, **parameters: Any) -> Any:
+        """A request, made again for as long as the server is busy and the call has patience."""
+        pause, longest = _PAUSES
+        with patience.waiting():
+            while True:
+                try:
+                    with _told(operation):
+                        client = await self._client()
+                        return await getattr(client, operation)(Bucket=self._bucket, **parameters)
+                except Refused as refused:
+                    if not refused.says(_BUSY):
+                        raise
+                    patience.reason = f"; {refused}"
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, longest)
+
+    async def _client(self) -> Any:
+        task = self._connecting
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = self._connecting = asyncio.create_task(self._connect())
+        return await asyncio.shield(task)  # a call that is late does not end it for others
+
+    async def _connect(self) -> Any:
+        options = self._options
+        url = parse_url(options.url.get_secret_value())
+        session = AioSession()
+        session.register_component("data_loader", _LOADER)
+        files = tuple(str(path) for path in (options.tls.cert, options.tls.key) if path)
+        config = AioConfig(
+            signature_version=UNSIGNED if options.anonymous else None,
+            s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            retries={"total_max_attempts": 1},
+            max_pool_connections=2 * max(options.parallel, _WAVE),
+            client_cert=(files if len(files) == 2 else files[0]) if files else None,
+        )
+        region = options.region or session.get_config_variable("region") or "us-east-1"
+        client = await session.create_client(
+            "s3",
+            region_name=region,
+            endpoint_url=options.endpoint,
+            aws_access_key_id=url.key_id,
+            aws_secret_access_key=url.secret,
+            verify=str(options.tls.ca) if options.tls.ca else None,
+            config=config,
+        ).__aenter__()
+        # A server that never says "100 Continue" would be waited for, and others cost a round trip.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
+
+    async def _disconnect(self) -> None:
+        task = self._connecting
+        if task is not None and task.done() and not task.cancelled() and not task.exception():
+            await task.result().__aexit__(None, None, None)
+
+
+class _Load(NamedTuple):
+    """One `get`: what the loop and the waiting thread share."""
+
+    keys: Sequence[ChunkKey]
+    allocate: Allocate
+    patience: _Patience
+    split: bool
+    """Read a large frame by ranges, for connections are left over."""
+    slots: asyncio.Semaphore
+    """One for each frame that is read, or lies in `arrived`, or is in the caller's hands."""
+    arrived: queue.SimpleQueue[tuple[int, Parts] | None]
+
+
+class _Body:
+    """A frame's parts, sent from where they lie. The client library wants a `read`; none calls it,
+    for aiohttp iterates."""
+
+    def __init__(self, parts: Parts, patience: _Patience) -> None:
+        self.nbytes = sum(part.nbytes for part in parts)
+        self._parts, self._patience = parts, patience
+
+    def read(self) -> bytes:
+        raise NotImplementedError
+
+    async def __aiter__(self) -> AsyncIterator[memoryview | bytearray]:
+        small = bytearray()
+        for part in self._parts:
+            if part.nbytes < _SMALL:
+                small += part
+                if len(small) < _SMALL:
+                    continue
+                part = memoryview(b"")
+            if small:
+                yield small
+                small = bytearray()
+            for at in range(0, part.nbytes, _PIECE):
+                yield part[at : at + _PIECE]
+                self._patience.moved(_PIECE)
+        if small:
+            yield small
+
+
+class _Patience:
+    """Ends what runs inside it after `timeout` seconds without progress.
+
+    Only time in which a request is under way counts, not that in which the caller is busy.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.reason = ""
+        """What the server said last, for the message."""
+        self._timeout = self._left = timeout
+        self._requests = 0
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._scope = asyncio.timeout(None)
+        await self._scope.__aenter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            await self._scope.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            text = f"no answer within {self._timeout:.3g} s{self.reason}"
+            raise TimeoutError(text) from None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A request is under way."""
+        self._requests += 1
+        if self._requests == 1:
+            self._end(self._loop.time() + self._left)
+        try:
+            yield
+        finally:
+            self._requests -= 1
+            if self._requests == 0:
+                self._left = (self._scope.when() or 0.0) - self._loop.time()
+                self._end(None)
+
+    def moved(self, nbytes: int) -> None:
+        """So many bytes came or went."""
+        latest = self._loop.time() + self._timeout
+        self._end(min(latest, (self._scope.when() or latest) + nbytes / SLOWEST))
+
+    def _end(self, when: float | None) -> None:
+        if not self._scope.expired():
+            self._scope.reschedule(when)
+
+
+class _Loop:
+    """An event loop on a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `work` there; cancelling the future cancels it."""
+        with self._lock:  # nothing may come after the end, for nobody would answer it
+            if not self._closed and self._thread.is_alive():  # it is not, in a forked child
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise StorageError("closed")
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns or raises."""
+        job = self.submit(work)
+        try:
+            return _result(job)
+        finally:
+            job.cancel()
+
+    def soon(self, work: Callable[[], object]) -> None:
+        """Call `work` there, unless all is over."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(work)
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Cancel everything, run `last` and end the thread; one that hangs is left behind."""
+        with self._lock:
+            if not self._closed and self._thread.is_alive():
+                asyncio.run_coroutine_threadsafe(self._end(last), self._loop)
+            self._closed = True
+        self._thread.join(_CLOSE_SECONDS)
+
+    async def _end(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(last(), return_exceptions=True)
+        await self._loop.shutdown_default_executor()
+        self._loop.stop()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+
+def _check_files(tls: Tls) -> None:
+    """Raises ConfigError for what cannot be read; the client library tells at the first request."""
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        if tls.cert:
+            context.load_cert_chain(tls.cert, tls.key)
+    except OSError as error:
+        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
+
+
+def _result(job: Future[T]) -> T:
+    try:
+        return job.result()
+    except CancelledError:
+        raise StorageError("closed") from None
+
+
+async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them return, in order; the first error, after the others are cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def _range(start: int) -> str:
+    return f"bytes={start}-{start + _RANGE - 1}"
+
+
+async def _fill(buffer: memoryview, body: Any, patience: _Patience) -> None:
+    """Read a body of just that size."""
+    filled = 0
+    while filled < buffer.nbytes:
+        with _told("get_object"):
+            n = await body.readinto(buffer[filled:])
+        if n == 0:
+            raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
+        patience.moved(n)
+        filled += n
+
+
+@contextlib.contextmanager
+def _told(operation: str) -> Iterator[None]:
+    """What the client library raises, as errors of ours, which hold no secret."""
+    try:
+        yield
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "an error")
+        raise Refused(operation, status, code) from None
+    except _MISTAKES as error:
+        raise Mistake(" ".join(str(error).split())) from None
+    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise StorageError(f"{operation}: {text or type(error).__name__}") from None
