@@ -105,5 +105,6 @@ def _from_spec(spec: tuple[Step, ...]) -> SerdeChain:
     serdes: list[Serde] = []
     for name, options in spec:
         cls = component("serdes", name)
-        serdes.append(cls(cls.Options.model_validate_json(options)))
+        complete = json.dumps({**cls.absent, **json.loads(options)})
+        serdes.append(cls(cls.Options.model_validate_json(complete)))
     return SerdeChain(serdes)
