@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view
 
 SAMPLE = 32
 """Tokens that the typical exponent is the mean of."""
-SLICE = 1 << 17
+SLICE = 1 << 19
 """Numbers taken at a time, so that what is made of them on the way stays in a core's cache."""
 BELOW = 8
 """Codes for exponents below the typical one: more than above it, as exponents are distributed."""
@@ -137,20 +137,21 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
     pieces = {n: scratch(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
     pieces["base"].zero_()
     values = tensor.view(_rows(spec.shape))
-    places, exponents, rest = [], [], values.numel() // RARE
-    for rows in _slices(*values.shape):
-        found, code = _exponents(values[rows], pieces["base"][rows], pieces["noise"][:, rows])
+    places, exponents, room = [], [], values.numel() // RARE
+    slices = list(_slices(*values.shape))
+    for rows, work in zip(slices, _work(values, slices), strict=True):
+        _noise(values[rows], pieces["noise"][:, rows], work)
+        _exponents(values[rows], pieces["base"][rows], work)
         if not pack:
-            pieces["codes"][rows] = code
+            pieces["codes"][rows] = work.codes
             continue
-        code.clamp_(max=ESCAPE)
-        where = np.flatnonzero(code.numpy() == ESCAPE)
-        rest -= len(where)
-        if rest < 0:
+        where = _escape(work)
+        room -= len(where)
+        if room < 0:
             return _split(tensor, pack=False)
-        exponents.append(found.numpy().reshape(-1)[where])
+        exponents.append(work.exponents.numpy().reshape(-1)[where])
         places.append(where + rows.start * values[0].numel())
-        _pack(pieces["codes"][rows], code)
+        _pack(pieces["codes"][rows], work.codes)
     if places:
         gaps = np.diff(np.concatenate(places), prepend=0).astype(np.int32)
         pieces["gaps"] = torch.from_numpy(gaps)
@@ -158,24 +159,59 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
     return pieces
 
 
-def _exponents(
-    values: torch.Tensor, base: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fill `base` and `noise`; returns the exponents, and those less `base`, modulo 256."""
+class _Work(NamedTuple):
+    """Memory for what is made of a slice on the way. It is of the pool: what malloc hands out
+    above some size has its pages faulted in each time, at several times the cost of the work."""
+
+    exponents: torch.Tensor
+    codes: torch.Tensor
+    mask: torch.Tensor
+    high: torch.Tensor
+    wide: torch.Tensor
+
+
+def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
+    """The same memory for each slice, of its length."""
+    if not slices:
+        return
+    shape = values[slices[0]].shape
+    dtypes = (torch.uint8, torch.uint8, torch.bool, torch.int16, torch.int16)
+    whole = [scratch(shape, dtype, _CPU) for dtype in dtypes]
+    for rows in slices:
+        yield _Work(*(tensor[: len(values[rows])] for tensor in whole))
+
+
+def _high(values: torch.Tensor, work: _Work) -> torch.Tensor:
+    """The upper half of each number."""
+    if values.dtype != torch.float32:
+        return values.view(torch.int16)
+    return work.high.copy_(values.view(torch.int32) >> 16)
+
+
+def _noise(values: torch.Tensor, out: torch.Tensor, work: _Work) -> None:
     if values.dtype == torch.float32:
         bits = values.view(torch.int32)
-        noise[1].copy_(bits >> 8)  # the cast keeps the low byte
-        noise[2].copy_(bits)
-        high = (bits >> 16).to(torch.int16)
-    else:
-        high = values.view(torch.int16)
-    apart = high & -0x7F81  # 0x807f: sign and upper mantissa
-    noise[0].copy_((apart >> 8).bitwise_or_(apart))
-    exponents = (high >> 7).to(torch.uint8)
+        out[1].copy_(bits >> 8)  # the cast keeps the low byte
+        out[2].copy_(bits)
+    torch.bitwise_and(_high(values, work), -0x7F81, out=work.wide)  # sign, upper mantissa: 0x807f
+    torch.bitwise_right_shift(work.wide, 8, out=work.high)
+    out[0].copy_(work.high.bitwise_or_(work.wide))
+
+
+def _exponents(values: torch.Tensor, base: torch.Tensor, work: _Work) -> None:
+    """Fill `base`, the exponents, and as codes how far they are above it, modulo 256."""
+    torch.bitwise_right_shift(_high(values, work), 7, out=work.wide)
+    exponents = work.exponents.copy_(work.wide)
     step = max(1, exponents.shape[1] // SAMPLE)
     typical = exponents[:, ::step].float().mean(dim=1, keepdim=True).round_()
     base.copy_(typical.to(torch.int16) - BELOW)
-    return exponents, exponents - base
+    torch.sub(exponents, base, out=work.codes)
+
+
+def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Make codes of four bits; returns the places where they do not tell the exponent."""
+    codes = work.codes.clamp_(max=ESCAPE).numpy()
+    return np.flatnonzero(np.equal(codes, ESCAPE, out=work.mask.numpy()))
 
 
 def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
@@ -184,25 +220,27 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
         return pieces["codes"].view(dtype).view(spec.shape)
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
-    for rows in _slices(*values.shape):
-        code = pieces["codes"][rows]
+    slices = list(_slices(*values.shape))
+    for rows, work in zip(slices, _work(values, slices), strict=True):
+        codes, exponents = pieces["codes"][rows], work.exponents
         if "gaps" in pieces:
-            code = _unpack(code, values.shape[1])
-        _join(values[rows], code + pieces["base"][rows], pieces["noise"][:, rows])
+            codes = _unpack(work.codes, codes)
+        work.wide.copy_(torch.add(codes, pieces["base"][rows], out=exponents))
+        part, noise = values[rows], pieces["noise"][:, rows]
+        high = work.high if spec.dtype == "float32" else part.view(torch.int16)
+        high.copy_(noise[0].view(torch.int8))  # extends the sign
+        high.bitwise_and_(-0x7F81).add_(work.wide, alpha=128)
+        if spec.dtype == "float32":
+            _widen(part.view(torch.int32), high, noise[1:])
     if "gaps" in pieces:
         _put_exponents(out, pieces["gaps"].cumsum(0), pieces["values"])
     return out
 
 
-def _join(out: torch.Tensor, exponents: torch.Tensor, noise: torch.Tensor) -> None:
-    wide = out.dtype == torch.float32
-    high = torch.empty(out.shape, dtype=torch.int16) if wide else out.view(torch.int16)
-    high.copy_(noise[0].view(torch.int8))  # extends the sign
-    high.bitwise_and_(-0x7F81).add_(exponents.to(torch.int16), alpha=128)
-    if wide:
-        bits = out.view(torch.int32)
-        bits.copy_(high).bitwise_left_shift_(16)
-        bits.bitwise_or_(noise[1].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(noise[2])
+def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor) -> None:
+    """Floats of 32 bits from their upper half and the two planes of the lower one."""
+    out.copy_(high).bitwise_left_shift_(16)
+    out.bitwise_or_(noise[0].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(noise[1])
 
 
 def _put_exponents(out: torch.Tensor, places: torch.Tensor, exponents: torch.Tensor) -> None:
@@ -220,8 +258,8 @@ def _pack(out: torch.Tensor, codes: torch.Tensor) -> None:
     out[:, : odd.shape[1]].bitwise_or_(odd * 16)  # faster than a shift
 
 
-def _unpack(packed: torch.Tensor, tokens: int) -> torch.Tensor:
-    codes = torch.empty((packed.shape[0], tokens, packed.shape[2]), dtype=torch.uint8)
-    torch.bitwise_and(packed, 15, out=codes[:, ::2])
-    torch.bitwise_right_shift(packed[:, : tokens // 2], 4, out=codes[:, 1::2])
-    return codes
+def _unpack(out: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    odd = out[:, 1::2]
+    torch.bitwise_and(packed, 15, out=out[:, ::2])
+    torch.bitwise_right_shift(packed[:, : odd.shape[1]], 4, out=odd)
+    return out
