@@ -36,8 +36,8 @@ from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view
 
 SAMPLE = 32
 """Tokens that the typical exponent is the mean of."""
-SLICE = 1 << 19
-"""Numbers taken at a time, so that what is made of them on the way stays in a core's cache."""
+SLICE = 1 << 20
+"""Bytes taken at a time, so that what is made of them on the way stays in a core's cache."""
 BELOW = 8
 """Codes for exponents below the typical one: more than above it, as exponents are distributed."""
 ESCAPE = 15
@@ -121,11 +121,12 @@ def _shapes(spec: TensorSpec, count: int) -> dict[str, tuple[str, tuple[int, ...
     return shapes
 
 
-def _slices(rows: int, tokens: int, channels: int) -> Iterator[slice]:
-    """Of rows, each of about SLICE numbers."""
-    step = max(1, SLICE // max(1, tokens * channels))
-    if tokens * channels:
-        yield from (slice(start, start + step) for start in range(0, rows, step))
+def _slices(values: torch.Tensor) -> list[slice]:
+    """Of rows, each of about SLICE bytes."""
+    if not values.numel():
+        return []
+    step = max(1, SLICE // values[0].nbytes)
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
 def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
@@ -138,7 +139,7 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
     pieces["base"].zero_()
     values = tensor.view(_rows(spec.shape))
     places, exponents, room = [], [], values.numel() // RARE
-    slices = list(_slices(*values.shape))
+    slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
         _noise(values[rows], pieces["noise"][:, rows], work)
         _exponents(values[rows], pieces["base"][rows], work)
@@ -220,7 +221,7 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
         return pieces["codes"].view(dtype).view(spec.shape)
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
-    slices = list(_slices(*values.shape))
+    slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
         codes, exponents = pieces["codes"][rows], work.exponents
         if "gaps" in pieces:
