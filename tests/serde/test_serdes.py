@@ -31,15 +31,25 @@ class TestSafetensors(SerdeConformance):
 
 
 class TestZstd(SerdeConformance):
+    known_size = False
+
     @pytest.fixture(params=[1, 19])
     def serde(self, request: pytest.FixtureRequest) -> Serde:
         return Zstd(Zstd.Options(level=request.param))
 
 
 class TestBytePlane(SerdeConformance):
-    @pytest.fixture(params=[True, False])
-    def serde(self, request: pytest.FixtureRequest) -> Serde:
-        return BytePlane(BytePlane.Options(packed=request.param))
+    known_size = False
+
+    @pytest.fixture
+    def serde(self) -> Serde:
+        return BytePlane(BytePlane.Options())
+
+
+class TestUnpackedBytePlane(SerdeConformance):
+    @pytest.fixture
+    def serde(self) -> Serde:
+        return BytePlane(BytePlane.Options(packed=False))
 
 
 @given(st.data())
