@@ -64,6 +64,9 @@ CHAINS: dict[str, list[Step]] = {
     "int4 (group 64), zstd": [("int4", {"group": 64}), "zstd"],
     "int4 (group 128), zstd": [("int4", {"group": 128}), "zstd"],
     "int4 (group 256), zstd": [("int4", {"group": 256}), "zstd"],
+    "coded (step 0.25), zstd": [("coded", {"step": 0.25}), "zstd"],
+    "coded, zstd": ["coded", "zstd"],
+    "coded (step 0.45), zstd": [("coded", {"step": 0.45}), "zstd"],
     "int4 (no exact tokens), zstd": [("int4", {"exact_tokens": 0}), "zstd"],
 }
 console = Console()

@@ -40,6 +40,7 @@ CHAINS: list[list[tuple[str, dict[str, Any]]]] = [
     [("int4", {"group": 256}), ("zstd", {})],
     [("int4", {"group": 48})],
     [("int4", {"exact_layers": (1, 2)}), ("safetensors", {}), ("zstd", {})],
+    [("coded", {}), ("zstd", {})],
     [("encrypt", {"key_env": "LMCACHE_MEMORY_KEY"})],
     [("byteplane", {}), ("zstd", {}), ("encrypt", {"key_env": "LMCACHE_MEMORY_KEY"})],
 ]
