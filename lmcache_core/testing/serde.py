@@ -71,7 +71,11 @@ class SerdeConformance:
     def test_special_values_come_back(self, serde: Serde) -> None:
         for dtype in self.dtypes:
             layout = tiny_layout(dtype)
-            for value in (0.0, -0.0, 1.0, 1e-40, float("nan"), float("inf"), float("-inf")):
+            most = torch.finfo(DTYPES[dtype]).max
+            for value in (
+                *(0.0, -0.0, 1.0, 1e-40, float("nan"), float("inf"), float("-inf")),
+                *(most, -most, 0.99 * most),
+            ):
                 tensors = random_tensors(layout, 5)
                 special = torch.tensor(value).to(tensors["g0.k"].dtype)
                 constant = {name: special.expand(t.shape) for name, t in tensors.items()}

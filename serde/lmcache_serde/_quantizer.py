@@ -48,6 +48,13 @@ def magnitudes(tensor: torch.Tensor) -> torch.Tensor:
     return bits.amax(dim=-1, keepdim=True).view(tensor.dtype)
 
 
+def write(out: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy numbers, float32, into a dtype that may have none so large: rounding may have carried
+    them beyond its largest."""
+    largest = torch.finfo(out.dtype).max
+    out.copy_(values.clamp_(-largest, largest))
+
+
 class QuantizerOptions(Options):
     """`exact_tokens`: how many of a sequence's first tokens to keep exact.
     `exact_layers`: numbers of the decoder layers to keep exact."""

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from lmcache_core import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions
+from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
 
 REACH = 119.0
 """Codes that the largest deviation may take: with the rounding of the scale none is above 127."""
@@ -64,7 +64,7 @@ class Coded(Quantizer):
                 out.add_(parts["mean"])
             return
         values = codes.float().mul_(scale)
-        out.copy_(values.add_(parts["mean"]) if part == "k" else values)
+        write(out, values.add_(parts["mean"]) if part == "k" else values)
 
 
 def _coarse(scale: torch.Tensor) -> torch.Tensor:

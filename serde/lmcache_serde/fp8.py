@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lmcache_core import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer
+from lmcache_serde._quantizer import SMALLEST, Quantizer, write
 
 LARGEST_E4M3 = 448.0
 
@@ -34,7 +34,7 @@ class Fp8(Quantizer):
             _to_bfloat16(codes, out).mul_(scale)
         else:
             values = _to_bfloat16(codes, torch.empty(out.shape, dtype=torch.bfloat16))
-            out.copy_(values.float().mul_(scale))
+            write(out, values.float().mul_(scale))
 
 
 def _to_bfloat16(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

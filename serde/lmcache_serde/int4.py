@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from lmcache_core import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions
+from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
 
 LEVELS = 15
 
@@ -57,7 +57,7 @@ class Int4(Quantizer):
         if not fits:
             layers, heads, tokens, dim = out.shape
             flat = values.view(layers, heads, -1, dim) if part == "k" else values.flatten(3)
-            out.copy_(flat[:, :, :tokens, :dim])
+            write(out, flat[:, :, :tokens, :dim].float())
 
     def _group(self, shape: Sequence[int], part: str) -> int:
         """As many as the option says, or as there are."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lmcache_core import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer
+from lmcache_serde._quantizer import SMALLEST, Quantizer, write
 
 
 class Int8(Quantizer):
@@ -31,4 +31,4 @@ class Int8(Quantizer):
         if out.dtype == torch.bfloat16:
             torch.mul(codes, scale, out=out)
         else:
-            out.copy_(codes.float().mul_(scale))
+            write(out, codes.float().mul_(scale))
