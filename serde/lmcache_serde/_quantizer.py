@@ -49,10 +49,12 @@ def magnitudes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write(out: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy numbers, float32, into a dtype that may have none so large: rounding may have carried
-    them beyond its largest."""
+    """Copy numbers that rounding may have carried beyond the largest of `out`'s dtype."""
     largest = torch.finfo(out.dtype).max
-    out.copy_(values.clamp_(-largest, largest))
+    if out.dtype == torch.float16:  # its largest is no number of bfloat16, but Inf can be limited
+        out.copy_(values).clamp_(-largest, largest)
+    else:  # beyond the largest of fp8 is NaN
+        out.copy_(values.clamp_(-largest, largest))
 
 
 class QuantizerOptions(Options):

@@ -57,7 +57,7 @@ class Int4(Quantizer):
         if not fits:
             layers, heads, tokens, dim = out.shape
             flat = values.view(layers, heads, -1, dim) if part == "k" else values.flatten(3)
-            write(out, flat[:, :, :tokens, :dim].float())
+            write(out, flat[:, :, :tokens, :dim])
 
     def _group(self, shape: Sequence[int], part: str) -> int:
         """As many as the option says, or as there are."""
