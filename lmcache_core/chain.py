@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 
+from pydantic import ValidationError
+
 from lmcache_core.components import component
 from lmcache_core.errors import ConfigError, FrameError
 from lmcache_core.layout import KVLayout, Tensors, TensorSpec
@@ -105,5 +107,9 @@ def _from_spec(spec: tuple[Step, ...]) -> SerdeChain:
     serdes: list[Serde] = []
     for name, options in spec:
         cls = component("serdes", name)
-        serdes.append(cls(cls.Options.model_validate_json(options)))
+        complete = json.dumps({**cls.absent, **json.loads(options)})
+        try:
+            serdes.append(cls(cls.Options.model_validate_json(complete)))
+        except ValidationError as error:  # another version's
+            raise ConfigError(f"{name} {options}: {error.errors()[0]['msg']}") from error
     return SerdeChain(serdes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,6 +31,8 @@ class Serde(ABC):
     name: ClassVar[str]
     """The entry point's name; frames carry it."""
     Options: ClassVar[type[Options]] = Options
+    absent: ClassVar[Mapping[str, object]] = {}
+    """Options that frames of its earlier versions lack, and what those frames do instead."""
 
     def __init__(self, options: Any) -> None:
         self.options: Any = options

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 THREADS = 32
 """Calls that a tier may have under way; a hung one keeps its thread until it returns."""
+ENCODERS = 2
+"""Threads that encode the chunks of a batch; others are left to the engine."""
 READ_AHEAD = 2
 """Chunks that wait in each stream, read but not yet taken by the loading thread."""
 SLOWEST = 16 << 20
@@ -65,6 +67,7 @@ class Tier:
         self._reads = Breaker(f"{self.name} reads", self._ping, self._state_changed("reads"))
         self._writes = Breaker(f"{self.name} writes", self._ping, self._state_changed("writes"))
         self._workers = Workers(f"lmcache-{self.name}", THREADS)
+        self._encoders = Workers(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
         backend.on_evict = self._evicted
@@ -266,7 +269,8 @@ class Tier:
         keys = [chunk.key for chunk in chunks]
         there = self._call(lambda: self._backend.contains(keys, self._deadline))
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
-        frames = [(c.key, frame.encode(c, self._chain)) for c in missing]
+        jobs = [self._encoders.submit(partial(frame.encode, c, self._chain)) for c in missing]
+        frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         nbytes = sum(part.nbytes for _, parts in frames for part in parts)
         timeout = self._deadline + nbytes / SLOWEST
         stored = self._workers.call(lambda: self._backend.put(frames, chain, timeout), timeout)
@@ -321,6 +325,7 @@ class Tier:
         except Exception as error:
             self._failed(self._writes, "close", error)
         self._workers.close()
+        self._encoders.close()
 
 
 def _offer(box: queue.Queue[_Arrival], item: _Arrival, stop: threading.Event) -> bool:

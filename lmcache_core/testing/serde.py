@@ -15,7 +15,7 @@ from lmcache_core import frame
 from lmcache_core.chain import SerdeChain
 from lmcache_core.errors import FrameError
 from lmcache_core.frame import Chunk
-from lmcache_core.layout import KVLayout, Tensors
+from lmcache_core.layout import DTYPES, KVLayout, Tensors
 from lmcache_core.serde import Serde
 from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
 
@@ -40,6 +40,10 @@ class SerdeConformance:
 
     deterministic: ClassVar[bool] = True
     """The same chunk gives the same bytes."""
+
+    known_size: ClassVar[bool] = True
+    """Shapes and dtypes alone tell the size of finite numbers, before they are encoded. Where they
+    do not, it is known after: a frame says it."""
 
     @pytest.fixture
     def serde(self) -> Serde:
@@ -67,7 +71,11 @@ class SerdeConformance:
     def test_special_values_come_back(self, serde: Serde) -> None:
         for dtype in self.dtypes:
             layout = tiny_layout(dtype)
-            for value in (0.0, -0.0, 1.0, 1e-40, float("nan"), float("inf"), float("-inf")):
+            most = torch.finfo(DTYPES[dtype]).max
+            for value in (
+                *(0.0, -0.0, 1.0, 1e-40, float("nan"), float("inf"), float("-inf")),
+                *(most, -most, 0.99 * most),
+            ):
                 tensors = random_tensors(layout, 5)
                 special = torch.tensor(value).to(tensors["g0.k"].dtype)
                 constant = {name: special.expand(t.shape) for name, t in tensors.items()}
@@ -80,6 +88,17 @@ class SerdeConformance:
     def test_encoding_is_deterministic(self, serde: Serde) -> None:
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
         assert (encoded(serde, chunk) == encoded(serde, chunk)) == self.deterministic
+
+    def test_the_size_is_known_before_as_declared(self, serde: Serde) -> None:
+        layout = tiny_layout(self.dtypes[0])
+        sizes = set()
+        for magnitude in (0.0, 1.0, 2.0**60):  # of every second token
+            tensors = {n: t.float() for n, t in random_tensors(layout, 40).items()}
+            for tensor in tensors.values():
+                tensor[:, :, ::2] *= magnitude
+            chunk = _with(layout, {n: t.to(DTYPES[self.dtypes[0]]) for n, t in tensors.items()})
+            sizes.add(len(encoded(serde, chunk)))
+        assert (len(sizes) == 1) == self.known_size
 
     def test_encoding_leaves_its_input_alone(self, serde: Serde) -> None:
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)

@@ -16,7 +16,7 @@ from abc import abstractmethod
 import torch
 from pydantic import Field
 
-from lmcache_core import ChunkInfo, LayoutError, Options, Tensors, TensorsToTensors
+from lmcache_core import ChunkInfo, LayoutError, Options, Tensors, TensorsToTensors, scratch
 
 LARGEST = 1e37
 """Larger numbers are kept as they are."""
@@ -48,6 +48,15 @@ def magnitudes(tensor: torch.Tensor) -> torch.Tensor:
     return bits.amax(dim=-1, keepdim=True).view(tensor.dtype)
 
 
+def write(out: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy numbers that rounding may have carried beyond the largest of `out`'s dtype."""
+    largest = torch.finfo(out.dtype).max
+    if out.dtype == torch.float16:  # its largest is no number of bfloat16, but Inf can be limited
+        out.copy_(values).clamp_(-largest, largest)
+    else:  # beyond the largest of fp8 is NaN
+        out.copy_(values.clamp_(-largest, largest))
+
+
 class QuantizerOptions(Options):
     """`exact_tokens`: how many of a sequence's first tokens to keep exact.
     `exact_layers`: numbers of the decoder layers to keep exact."""
@@ -73,10 +82,8 @@ class Quantizer(TensorsToTensors):
         """
 
     @abstractmethod
-    def dequantize(
-        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        """The tensor again, of this shape and dtype, in memory of its own."""
+    def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
+        """Fill `out`, [layers, kv_heads, tokens, dim], contiguous, from its codes and scales."""
 
     def encode(self, tensors: Tensors, info: ChunkInfo) -> Tensors:
         """Each tensor "x" becomes "x.*"."""
@@ -88,24 +95,28 @@ class Quantizer(TensorsToTensors):
             exact, rounded = self._layers(group.layers, tensor.device)
             if exact.numel():
                 out[f"{name}.layers"] = tensor[exact]
-            rest = tensor[rounded] if exact.numel() else tensor
-            if rest.numel():
-                out.update(self._encode(name, rest, info.index))
+            if rounded.numel() and tensor.numel():
+                out.update(self._encode(name, tensor, rounded, info.index))
         return out
 
-    def _encode(self, name: str, tensor: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+    def _encode(
+        self, name: str, tensor: torch.Tensor, rounded: torch.Tensor, index: int
+    ) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
-        values = tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor  # fp8 fits exactly
-        peaks = magnitudes(values)
-        kept = self._kept_tokens(peaks, index)
+        slices = _slices(rounded)
+        peaks = [magnitudes(_wide(_rows(tensor, rounded, rows))) for rows in slices]
+        kept = self._kept_tokens(torch.cat(peaks), index)
         if kept.numel():
-            out[f"{name}.kept"] = tensor[:, :, kept]
+            out[f"{name}.kept"] = tensor[:, :, kept][rounded]
             out[f"{name}.at"] = kept.to(torch.int32)
-            values, peaks = _without(values, kept), _without(peaks, kept)
-        slices = zip(values.tensor_split(SLICES), peaks.tensor_split(SLICES), strict=True)
-        done = [self.quantize(*pair, name[-1]) for pair in slices if pair[0].numel()]
-        for suffix in done[0]:
-            out[f"{name}.{suffix}"] = torch.cat([parts[suffix] for parts in done])
+        done = []
+        for rows, largest in zip(slices, peaks, strict=True):
+            values = _wide(_rows(tensor, rounded, rows))
+            if kept.numel():
+                values, largest = _without(values, kept), _without(largest, kept)
+            done.append(self.quantize(values, largest, name[-1]))
+        for suffix in list(done[0]):
+            out[f"{name}.{suffix}"] = torch.cat([parts.pop(suffix) for parts in done])
         return out
 
     def _kept_tokens(self, peaks: torch.Tensor, index: int) -> torch.Tensor:
@@ -129,25 +140,44 @@ class Quantizer(TensorsToTensors):
         for spec in info.layout.tensors(info.tokens):
             group = info.layout.groups[int(spec.name[1 : spec.name.index(".")])]
             exact, rounded = self._layers(group.layers, torch.device("cpu"))
-            dtype = getattr(torch, spec.dtype)
-            shape = (rounded.numel(), *spec.shape[1:])
-            rest = self._decode(spec.name, tensors, shape, dtype) if rounded.numel() else None
-            if rest is not None and not exact.numel():
-                out[spec.name] = rest
-                continue
-            whole = torch.empty(spec.shape, dtype=dtype)
-            whole[exact] = tensors[f"{spec.name}.layers"]
-            if rest is not None:
-                whole[rounded] = rest
+            whole = scratch(spec.shape, getattr(torch, spec.dtype), torch.device("cpu"))
+            if exact.numel():
+                whole[exact] = tensors[f"{spec.name}.layers"]
+            if rounded.numel() and whole.numel():
+                self._decode(spec.name, tensors, rounded, whole)
             out[spec.name] = whole
         return out
 
     def _decode(
-        self, name: str, tensors: Tensors, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
+        self, name: str, tensors: Tensors, rounded: torch.Tensor, whole: torch.Tensor
+    ) -> None:
         prefix = f"{name}."
         parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        tensor = self.dequantize(parts, name[-1], shape, dtype)
-        if "at" in parts:
-            tensor[:, :, parts["at"].long()] = parts["kept"]
-        return tensor
+        parts.pop("layers", None)
+        at = parts.pop("at", torch.empty(0)).long()
+        if any(len(part) != len(rounded) for part in parts.values()):
+            raise ValueError("codes of another number of layers")
+        for rows in _slices(rounded):
+            out = _rows(whole, rounded, rows)  # a copy where rows between are exact
+            mine = {n: part[rows] for n, part in parts.items()}
+            self.dequantize(mine, name[-1], out)
+            if at.numel():
+                out[:, :, at] = mine["kept"]
+            if len(rounded) < len(whole):
+                whole[rounded[rows]] = out
+
+
+def _slices(rounded: torch.Tensor) -> list[slice]:
+    """SLICES of the rows to round, or fewer."""
+    step = -(-len(rounded) // SLICES)
+    return [slice(start, start + step) for start in range(0, len(rounded), step)]
+
+
+def _rows(tensor: torch.Tensor, rounded: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Those of a slice; a view where all rows are to be rounded."""
+    return tensor[rows] if len(rounded) == len(tensor) else tensor[rounded[rows]]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Of 16 bits where it has 8: fp8 fits exactly."""
+    return tensor.bfloat16() if tensor.dtype.itemsize == 1 else tensor

@@ -1,71 +1,97 @@
 """byteplane: lossless; sorts the bits of floats so that a general compressor finds what repeats.
 
-    serde: [byteplane, zstd]        # about 1.5x for bf16, where zstd alone has 1.28x
+    serde: [byteplane, zstd]        # about 1.5x for bf16, where zstd alone has 1.27x
 
 Signs and mantissas of KV are noise. Exponents are not: those of one channel are nearly the same
 for every token. So a tensor [..., tokens, channels] is written as
 
-    one byte a channel     its typical exponent
-    one plane              each exponent, less that of its channel, modulo 256
-    further planes         sign and upper mantissa, then the other bytes of mantissa
+    base            a byte a channel: its typical exponent, less BELOW
+    codes           each exponent, less its channel's base, in four bits; two tokens that follow
+                    each other share a byte
+    noise           planes of bytes: sign and upper mantissa, then the rest of the mantissa
+    gaps, values    where an exponent has no code (distance from the last such place), and the
+                    exponent
 
-and the planes of noise come last, so that whole blocks of them are stored as they are. Tensors
-that hold no floats of 16 or 32 bits are written unchanged. Splitting exponents from mantissas is
-the idea of ZipNN (Hershcovitch et al. 2024, arXiv:2411.05239); taking the channel into account is
-what goes beyond it.
+first base and codes of all tensors, then all noise, so that a compressor stores whole blocks of it
+as they are. Half as many symbols as exponents are coded in half the time, and a symbol tells what
+two tokens have in common. In front of it all stands, for each tensor, how many exponents have no
+code, or -1 where so many had none that each takes a byte; with float16 each does, for behind the
+five bits of its exponent other bits stand. Tensors that hold no floats of 16 or 32 bits are
+written unchanged.
+
+Splitting exponents from mantissas is the idea of ZipNN (Hershcovitch et al. 2024,
+arXiv:2411.05239); taking channel and neighbour into account is what goes beyond it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
-from lmcache_core import Tensors, TensorSpec, TensorsToBytes, scratch, views
+from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view, scratch, views
 
 SAMPLE = 32
 """Tokens that the typical exponent is the mean of."""
+SLICE = 1 << 20
+"""Bytes taken at a time, so that what is made of them on the way stays in a core's cache."""
+BELOW = 8
+"""Codes for exponents below the typical one: more than above it, as exponents are distributed."""
+ESCAPE = 15
+"""The code of all exponents that have none of their own."""
+RARE = 16
+"""With more than one of them in so many exponents, bytes are smaller."""
 _FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SECTIONS = (("base", "codes"), ("noise",), ("gaps", "values"))
+_CPU = torch.device("cpu")
+
+_Pieces = dict[str, torch.Tensor]
+"""What a tensor is written as, by the names above."""
+
+
+class BytePlaneOptions(Options):
+    """`packed`: codes of four bits, where exponents allow it."""
+
+    packed: bool = True
 
 
 class BytePlane(TensorsToBytes):
-    """The payload has the tensors' size, and one byte more for each channel of a head."""
+    """Of a bf16 tensor's bytes about 3/4 are left, and one byte for each channel of a head; never
+    more than all, and those."""
 
     name = "byteplane"
+    Options = BytePlaneOptions
+    absent: ClassVar[Mapping[str, object]] = {"packed": False}
 
     def encode(self, tensors: Tensors) -> list[memoryview]:
-        specs = [TensorSpec.of(name, tensor) for name, tensor in tensors.items()]
-        heads, tails = _sections(specs)
-        first, head = _allocate(heads)
-        last, tail = _allocate(tails)
-        for spec, tensor in zip(specs, tensors.values(), strict=True):
-            width = _width(spec)
-            if not width:
-                head.pop(0).copy_(tensor.reshape(-1).view(torch.uint8))
-            elif tensor.numel():
-                split = _split16 if width == 2 else _split32
-                split(tensor, head.pop(0), head.pop(0), [tail.pop(0) for _ in range(width - 1)])
-            else:
-                del head[:2], tail[: width - 1]
-        return [first, last]
+        pieces = [_split(tensor, pack=self.options.packed) for tensor in tensors.values()]
+        parts = [p[name] for names in _SECTIONS for p in pieces for name in names if name in p]
+        if not self.options.packed:
+            return byte_view(parts)
+        counts = [p["gaps"].numel() if "gaps" in p else -1 for p in pieces]
+        return [memoryview(np.array(counts, "<i4").tobytes()), *byte_view(parts)]
 
     def decode(self, payload: memoryview, specs: Sequence[TensorSpec]) -> Tensors:
-        heads, tails = _sections(specs)
-        named = [TensorSpec(str(n), "uint8", s) for n, s in enumerate((*heads, *tails))]
-        pieces = list(views(payload, named).values())
-        head, tail = pieces[: len(heads)], pieces[len(heads) :]
-        out: dict[str, torch.Tensor] = {}
-        for spec in specs:
-            width, dtype = _width(spec), getattr(torch, spec.dtype)
-            if not width:
-                out[spec.name] = head.pop(0).view(dtype).view(spec.shape)
-                continue
-            base, exponents = head.pop(0), head.pop(0)
-            planes = [tail.pop(0) for _ in range(width - 1)]
-            out[spec.name] = scratch(spec.shape, dtype, torch.device("cpu"))
-            merge = _merge16 if width == 2 else _merge32
-            merge(out[spec.name], exponents + base, planes)
-        return out
+        counts = [-1] * len(specs)
+        if self.options.packed:
+            counts = np.frombuffer(payload[: 4 * len(specs)], "<i4").tolist()
+            payload = payload[4 * len(specs) :]
+        shapes = [_shapes(*pair) for pair in zip(specs, counts, strict=True)]
+        order = [
+            TensorSpec(f"{n}.{name}", *shape[name])
+            for names in _SECTIONS
+            for n, shape in enumerate(shapes)
+            for name in names
+            if name in shape
+        ]
+        parts = views(payload, order)
+        return {
+            spec.name: _merge(spec, {name: parts[f"{n}.{name}"] for name in shapes[n]})
+            for n, spec in enumerate(specs)
+        }
 
 
 def _width(spec: TensorSpec) -> int:
@@ -73,72 +99,168 @@ def _width(spec: TensorSpec) -> int:
     return _FLOATS.get(spec.dtype, 0) if len(spec.shape) >= 2 else 0
 
 
-def _size(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
+def _rows(shape: Sequence[int]) -> tuple[int, int, int]:
+    """[rows, tokens, channels]: a row is a head of a layer."""
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def _sections(
-    specs: Sequence[TensorSpec],
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes, in bytes, of what comes first (typical exponents, exponents) and last (noise)."""
-    heads: list[tuple[int, ...]] = []
-    tails: list[tuple[int, ...]] = []
-    for spec in specs:
-        width = _width(spec)
-        if width:
-            heads += [(*spec.shape[:-2], 1, spec.shape[-1]), spec.shape]
-            tails += [spec.shape] * (width - 1)
-        else:
-            heads.append((spec.nbytes,))
-    return heads, tails
+def _shapes(spec: TensorSpec, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtypes and shapes of a tensor's pieces; `count` as the payload begins with."""
+    width = _width(spec)
+    if not width:
+        return {"codes": ("uint8", (spec.nbytes,))}
+    rows, tokens, channels = _rows(spec.shape)
+    coded = tokens if count < 0 else -(-tokens // 2)
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+        "base": ("uint8", (rows, 1, channels)),
+        "codes": ("uint8", (rows, coded, channels)),
+        "noise": ("uint8", (width - 1, rows, tokens, channels)),
+    }
+    if count >= 0:
+        shapes |= {"gaps": ("int32", (count,)), "values": ("uint8", (count,))}
+    return shapes
 
 
-def _allocate(shapes: Sequence[tuple[int, ...]]) -> tuple[memoryview, list[torch.Tensor]]:
-    """One buffer, and tensors of these shapes that lie in it one behind the other."""
-    buffer = torch.empty(sum(map(_size, shapes)), dtype=torch.uint8).numpy().data
-    specs = [TensorSpec(str(n), "uint8", shape) for n, shape in enumerate(shapes)]
-    return buffer, list(views(buffer, specs).values())
+def _slices(values: torch.Tensor) -> list[slice]:
+    """Of rows, each of about SLICE bytes."""
+    if not values.numel():
+        return []
+    step = max(1, SLICE // values[0].nbytes)
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
-def _condition(exponents: torch.Tensor, base: torch.Tensor) -> None:
-    """Find each channel's typical exponent and take it off."""
-    step = max(1, exponents.shape[-2] // SAMPLE)
-    typical = exponents[..., ::step, :].float().mean(dim=-2, keepdim=True).round_()
-    base.copy_(typical)
-    exponents.sub_(base)
+def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
+    spec = TensorSpec.of("", tensor)
+    if not _width(spec):
+        return {"codes": tensor.reshape(-1).view(torch.uint8)}
+    pack = pack and spec.dtype != "float16"
+    shapes = _shapes(spec, 0 if pack else -1)
+    pieces = {n: scratch(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
+    pieces["base"].zero_()
+    values = tensor.view(_rows(spec.shape))
+    places, exponents, room = [], [], values.numel() // RARE
+    slices = _slices(values)
+    for rows, work in zip(slices, _work(values, slices), strict=True):
+        _noise(values[rows], pieces["noise"][:, rows], work)
+        _exponents(values[rows], pieces["base"][rows], work)
+        if not pack:
+            pieces["codes"][rows] = work.codes
+            continue
+        where = _escape(work)
+        room -= len(where)
+        if room < 0:
+            return _split(tensor, pack=False)
+        exponents.append(work.exponents.numpy().reshape(-1)[where])
+        places.append(where + rows.start * values[0].numel())
+        _pack(pieces["codes"][rows], work.codes)
+    if places:
+        gaps = np.diff(np.concatenate(places), prepend=0).astype(np.int32)
+        pieces["gaps"] = torch.from_numpy(gaps)
+        pieces["values"] = torch.from_numpy(np.concatenate(exponents))
+    return pieces
 
 
-def _split16(
-    tensor: torch.Tensor, base: torch.Tensor, exponents: torch.Tensor, planes: list[torch.Tensor]
-) -> None:
-    bits = tensor.view(torch.int16)
-    exponents.copy_(bits >> 7)  # the cast keeps the low byte
-    _condition(exponents, base)
-    planes[0].copy_((bits & 0x7F).bitwise_or_((bits >> 8).bitwise_and_(0x80)))
+class _Work(NamedTuple):
+    """Memory for what is made of a slice on the way. It is of the pool: what malloc hands out
+    above some size has its pages faulted in each time, at several times the cost of the work."""
+
+    exponents: torch.Tensor
+    codes: torch.Tensor
+    mask: torch.Tensor
+    high: torch.Tensor
+    wide: torch.Tensor
 
 
-def _merge16(out: torch.Tensor, exponents: torch.Tensor, planes: list[torch.Tensor]) -> None:
-    bits = out.view(torch.int16)
-    bits.copy_(planes[0].view(torch.int8))  # extends the sign
-    bits.bitwise_and_(-0x7F81)  # 0x807f
-    bits.bitwise_or_(exponents.to(torch.int16).bitwise_left_shift_(7))
+def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
+    """The same memory for each slice, of its length."""
+    if not slices:
+        return
+    shape = values[slices[0]].shape
+    dtypes = (torch.uint8, torch.uint8, torch.bool, torch.int16, torch.int16)
+    whole = [scratch(shape, dtype, _CPU) for dtype in dtypes]
+    for rows in slices:
+        yield _Work(*(tensor[: len(values[rows])] for tensor in whole))
 
 
-def _split32(
-    tensor: torch.Tensor, base: torch.Tensor, exponents: torch.Tensor, planes: list[torch.Tensor]
-) -> None:
-    bits = tensor.view(torch.int32)
-    exponents.copy_(bits >> 23)
-    _condition(exponents, base)
-    planes[0].copy_(((bits >> 16) & 0x7F).bitwise_or_((bits >> 24).bitwise_and_(0x80)))
-    planes[1].copy_(bits >> 8)
-    planes[2].copy_(bits)
+def _high(values: torch.Tensor, work: _Work) -> torch.Tensor:
+    """The upper half of each number."""
+    if values.dtype != torch.float32:
+        return values.view(torch.int16)
+    return work.high.copy_(values.view(torch.int32) >> 16)
 
 
-def _merge32(out: torch.Tensor, exponents: torch.Tensor, planes: list[torch.Tensor]) -> None:
-    bits = out.view(torch.int32)
-    bits.copy_(planes[0])
-    bits.bitwise_and_(0x7F).bitwise_left_shift_(16)
-    bits.bitwise_or_((planes[0].to(torch.int32) & 0x80) << 24)
-    bits.bitwise_or_(exponents.to(torch.int32).bitwise_left_shift_(23))
-    bits.bitwise_or_(planes[1].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(planes[2])
+def _noise(values: torch.Tensor, out: torch.Tensor, work: _Work) -> None:
+    if values.dtype == torch.float32:
+        bits = values.view(torch.int32)
+        out[1].copy_(bits >> 8)  # the cast keeps the low byte
+        out[2].copy_(bits)
+    torch.bitwise_and(_high(values, work), -0x7F81, out=work.wide)  # sign, upper mantissa: 0x807f
+    torch.bitwise_right_shift(work.wide, 8, out=work.high)
+    out[0].copy_(work.high.bitwise_or_(work.wide))
+
+
+def _exponents(values: torch.Tensor, base: torch.Tensor, work: _Work) -> None:
+    """Fill `base`, the exponents, and as codes how far they are above it, modulo 256."""
+    torch.bitwise_right_shift(_high(values, work), 7, out=work.wide)
+    exponents = work.exponents.copy_(work.wide)
+    step = max(1, exponents.shape[1] // SAMPLE)
+    typical = exponents[:, ::step].float().mean(dim=1, keepdim=True).round_()
+    base.copy_(typical.to(torch.int16) - BELOW)
+    torch.sub(exponents, base, out=work.codes)
+
+
+def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Make codes of four bits; returns the places where they do not tell the exponent."""
+    codes = work.codes.clamp_(max=ESCAPE).numpy()
+    return np.flatnonzero(np.equal(codes, ESCAPE, out=work.mask.numpy()))
+
+
+def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if "base" not in pieces:
+        return pieces["codes"].view(dtype).view(spec.shape)
+    out = scratch(spec.shape, dtype, _CPU)
+    values = out.view(_rows(spec.shape))
+    slices = _slices(values)
+    for rows, work in zip(slices, _work(values, slices), strict=True):
+        codes, exponents = pieces["codes"][rows], work.exponents
+        if "gaps" in pieces:
+            codes = _unpack(work.codes, codes)
+        work.wide.copy_(torch.add(codes, pieces["base"][rows], out=exponents))
+        part, noise = values[rows], pieces["noise"][:, rows]
+        high = work.high if spec.dtype == "float32" else part.view(torch.int16)
+        high.copy_(noise[0].view(torch.int8))  # extends the sign
+        high.bitwise_and_(-0x7F81).add_(work.wide, alpha=128)
+        if spec.dtype == "float32":
+            _widen(part.view(torch.int32), high, noise[1:])
+    if "gaps" in pieces:
+        _put_exponents(out, pieces["gaps"].cumsum(0), pieces["values"])
+    return out
+
+
+def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor) -> None:
+    """Floats of 32 bits from their upper half and the two planes of the lower one."""
+    out.copy_(high).bitwise_left_shift_(16)
+    out.bitwise_or_(noise[0].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(noise[1])
+
+
+def _put_exponents(out: torch.Tensor, places: torch.Tensor, exponents: torch.Tensor) -> None:
+    """Write those that have no code."""
+    wide = out.dtype == torch.float32
+    integer, shift = (torch.int32, 23) if wide else (torch.int16, 7)
+    bits = out.view(integer).view(-1)
+    bits[places] = bits[places] & ~(0xFF << shift) | exponents.to(integer) << shift
+
+
+def _pack(out: torch.Tensor, codes: torch.Tensor) -> None:
+    """[rows, tokens, channels] to [rows, tokens / 2, channels]; a missing last one is 0."""
+    odd = codes[:, 1::2]
+    out.copy_(codes[:, ::2])
+    out[:, : odd.shape[1]].bitwise_or_(odd * 16)  # faster than a shift
+
+
+def _unpack(out: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    odd = out[:, 1::2]
+    torch.bitwise_and(packed, 15, out=out[:, ::2])
+    torch.bitwise_right_shift(packed[:, : odd.shape[1]], 4, out=odd)
+    return out

@@ -21,7 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import GCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import Field, model_validator
@@ -29,6 +32,7 @@ from pydantic import Field, model_validator
 from lmcache_core import BytesToBytes, ConfigError, Options
 
 _NONCE = 12
+_BLOCK = 16
 _NAMESPACE = 16
 """Bytes of the context that name the namespace: the chunk key begins with its digest."""
 
@@ -70,9 +74,15 @@ class Encrypt(BytesToBytes):
 
     def encode(self, parts: Sequence[memoryview], context: bytes) -> list[memoryview]:
         nonce = os.urandom(_NONCE)
-        cipher = _cipher(self._master, context[:_NAMESPACE])
-        plain = parts[0] if len(parts) == 1 else b"".join(parts)
-        return [memoryview(nonce), memoryview(cipher.encrypt(nonce, plain, context))]
+        key = _derived(self._master, context[:_NAMESPACE])
+        cipher = Cipher(AES(key), GCM(nonce)).encryptor()
+        cipher.authenticate_additional_data(context)
+        size = sum(part.nbytes for part in parts)
+        out = memoryview(bytearray(size + _BLOCK))  # the library asks for a block's room
+        done = 0
+        for part in parts:
+            done += cipher.update_into(part, out[done:])
+        return [memoryview(nonce), out[:done], memoryview(cipher.finalize() + cipher.tag)]
 
     def decode(
         self,
@@ -81,15 +91,16 @@ class Encrypt(BytesToBytes):
         allocate: Callable[[int], memoryview],
         limit: int,
     ) -> memoryview:
-        cipher = _cipher(self._master, context[:_NAMESPACE])
-        return memoryview(cipher.decrypt(bytes(payload[:_NONCE]), payload[_NONCE:], context))
+        key = _derived(self._master, context[:_NAMESPACE])
+        nonce = bytes(payload[:_NONCE])
+        return memoryview(AESGCM(key).decrypt(nonce, payload[_NONCE:], context))
 
 
 @lru_cache(maxsize=256)
-def _cipher(master: bytes, namespace: bytes) -> AESGCM:
-    """The cipher of a namespace, which names the tenant."""
+def _derived(master: bytes, namespace: bytes) -> bytes:
+    """The key of a namespace, which names the tenant."""
     derive = HKDF(algorithm=SHA256(), length=32, salt=None, info=b"lmcache-frame-1" + namespace)
-    return AESGCM(derive.derive(master))
+    return derive.derive(master)
 
 
 def _known_key(key_id: str) -> bytes:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_core import Tensors, scratch
-from lmcache_serde._quantizer import SMALLEST, Quantizer
+from lmcache_core import Tensors
+from lmcache_serde._quantizer import SMALLEST, Quantizer, write
 
 LARGEST_E4M3 = 448.0
 
@@ -28,23 +28,21 @@ class Fp8(Quantizer):
         codes = scaled.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
         return {"codes": codes, "scale": scale}
 
-    def dequantize(
-        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        scale = parts["scale"].view(*shape[:-1], 1)
-        values = _bfloat16(parts["codes"].view(shape))
-        if dtype == torch.bfloat16:
-            return values.mul_(scale)
-        return scratch(shape, dtype, values.device).copy_(values.float().mul_(scale))
+    def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
+        codes, scale = parts["codes"].view(out.shape), parts["scale"].view(*out.shape[:-1], 1)
+        if out.dtype == torch.bfloat16:
+            _to_bfloat16(codes, out).mul_(scale)
+        else:
+            values = _to_bfloat16(codes, torch.empty(out.shape, dtype=torch.bfloat16))
+            write(out, values.float().mul_(scale))
 
 
-def _bfloat16(codes: torch.Tensor) -> torch.Tensor:
+def _to_bfloat16(codes: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """The same numbers in bfloat16, ten times as fast as a cast on a CPU.
 
     Shifted by four bits, exponent and mantissa of e4m3 stand where bfloat16 has the low bits of
     its exponent and the high ones of its mantissa: the number, subnormals too, times 2**-120.
     """
-    out = scratch(codes.shape, torch.bfloat16, codes.device)
     bits = out.view(torch.int16)
     bits.copy_(codes.view(torch.int8))  # extends the sign
     bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)  # 0x87f0: sign, exponent, mantissa

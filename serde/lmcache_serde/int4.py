@@ -9,13 +9,14 @@ This is the scheme of KIVI (Liu et al. 2024, arXiv:2402.02750).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from pydantic import Field
 
-from lmcache_core import Tensors, scratch
-from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions
+from lmcache_core import Tensors
+from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
 
 LEVELS = 15
 
@@ -44,17 +45,19 @@ class Int4(Quantizer):
         codes = grouped.sub_(low.float()).div_(scale.float()).round_().clamp_(0, LEVELS)
         return {"codes": _pack(codes.to(torch.uint8)), "low": low, "scale": scale}
 
-    def dequantize(
-        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
         low, scale = parts["low"], parts["scale"]
         along = -2 if part == "k" else -1
         grouped = list(low.shape)
-        grouped[along] = self._group(shape, part)
-        values = _unpack(parts["codes"], grouped, low.dtype).mul_(scale).add_(low)
-        tokens, dim = shape[2:]
-        flat = values.view(*shape[:2], -1, dim) if part == "k" else values.flatten(3)
-        return flat[:, :, :tokens, :dim].to(dtype)
+        grouped[along] = self._group(out.shape, part)
+        fits = math.prod(grouped) == out.numel() and low.dtype == out.dtype
+        values = out.view(grouped) if fits else torch.empty(grouped, dtype=low.dtype)
+        _unpack(values.flatten(1), parts["codes"])
+        values.mul_(scale).add_(low)
+        if not fits:
+            layers, heads, tokens, dim = out.shape
+            flat = values.view(layers, heads, -1, dim) if part == "k" else values.flatten(3)
+            write(out, flat[:, :, :tokens, :dim])
 
     def _group(self, shape: Sequence[int], part: str) -> int:
         """As many as the option says, or as there are."""
@@ -88,10 +91,7 @@ def _pack(codes: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def _unpack(packed: torch.Tensor, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-    out = scratch(shape, dtype, packed.device)
-    flat = out.flatten(1)
+def _unpack(out: torch.Tensor, packed: torch.Tensor) -> None:
     half = packed.shape[1]
-    flat[:, :half] = packed & LEVELS
-    flat[:, half:] = (packed >> 4)[:, : flat.shape[1] - half]
-    return out
+    out[:, :half] = packed & LEVELS
+    out[:, half:] = (packed >> 4)[:, : out.shape[1] - half]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_core import Tensors, scratch
-from lmcache_serde._quantizer import SMALLEST, Quantizer
+from lmcache_core import Tensors
+from lmcache_serde._quantizer import SMALLEST, Quantizer, write
 
 
 class Int8(Quantizer):
@@ -26,11 +26,9 @@ class Int8(Quantizer):
         codes = codes.round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes, "scale": scale}
 
-    def dequantize(
-        self, parts: Tensors, part: str, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
-        codes, scale = parts["codes"].view(shape), parts["scale"].view(*shape[:-1], 1)
-        out = scratch(shape, dtype, codes.device)
-        if dtype == torch.bfloat16:
-            return torch.mul(codes, scale, out=out)
-        return out.copy_(codes.float().mul_(scale))
+    def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
+        codes, scale = parts["codes"].view(out.shape), parts["scale"].view(*out.shape[:-1], 1)
+        if out.dtype == torch.bfloat16:
+            torch.mul(codes, scale, out=out)
+        else:
+            write(out, codes.float().mul_(scale))

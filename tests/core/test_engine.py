@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors
+from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, frame
 from lmcache_core.engine import CacheEngine
+from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
 
 SIZE = 4
@@ -672,3 +674,42 @@ def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_chunks_of_a_batch_are_encoded_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = tiny_layout()
+    chunks = [make_chunk(layout, SIZE, index, seed=index) for index in range(4)]
+    pair, encode = threading.Barrier(2, timeout=10), frame.encode
+
+    def encode_beside_another(*args: Any) -> list[memoryview]:
+        pair.wait()
+        return encode(*args)
+
+    with opened(disk(tmp_path, serde=["zstd"])) as cache:
+        monkeypatch.setattr(frame, "encode", encode_beside_another)
+        keys = [chunk.key for chunk in chunks]
+        assert cache._tiers[0]._put(chunks, keys) == 4
+        for chunk, original in zip(cache.load(keys), chunks, strict=True):
+            assert all(torch.equal(t, original.tensors[n]) for n, t in chunk.tensors.items())
+
+
+def test_a_chunk_that_cannot_be_encoded_fails_its_batch_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = tiny_layout()
+    chunks = [make_chunk(layout, SIZE, index, seed=index) for index in range(4)]
+    keys = [chunk.key for chunk in chunks]
+    encode = frame.encode
+
+    def encode_all_but_one(chunk: Chunk, *args: Any) -> list[memoryview]:
+        if chunk.index == 2:
+            raise ValueError("not this one")
+        return encode(chunk, *args)
+
+    with opened(disk(tmp_path)) as cache:
+        monkeypatch.setattr(frame, "encode", encode_all_but_one)
+        assert cache._tiers[0]._write(chunks, keys) == 0
+        monkeypatch.setattr(frame, "encode", encode)
+        assert cache._tiers[0]._write(chunks, keys) == 4

@@ -90,12 +90,15 @@ def test_another_keys_frame_is_foreign(namespace: Namespace) -> None:
     assert raised.value.reason == "foreign"
 
 
-def test_a_newer_version_and_an_unknown_serde_are_unreadable(namespace: Namespace) -> None:
+def test_a_newer_version_and_an_unknown_serde_or_option_are_unreadable(
+    namespace: Namespace,
+) -> None:
     chunk = make(namespace)
     newer = bytearray(encoded(chunk))
     newer[4:6] = struct.pack("<H", frames.FRAME_VERSION + 1)
     unknown = signed(bytearray(encoded(chunk).replace(b'"raw"', b'"wat"')))
-    for data in (newer, unknown):
+    option = signed(bytearray(encoded(chunk, "zstd").replace(b"level", b"lever")))
+    for data in (newer, unknown, option):
         with pytest.raises(FrameError) as raised:
             frames.decode([memoryview(data)], chunk.key)
         assert raised.value.reason == "unreadable"

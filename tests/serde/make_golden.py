@@ -23,14 +23,17 @@ CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "safetensors": [("safetensors", {})],
     "zstd": [("raw", {}), ("zstd", {})],
     "safetensors-zstd": [("safetensors", {}), ("zstd", {})],
-    "byteplane": [("byteplane", {})],
-    "byteplane-zstd": [("byteplane", {}), ("zstd", {})],
+    "byteplane": [("byteplane", {"packed": False})],
+    "byteplane-zstd": [("byteplane", {"packed": False}), ("zstd", {})],
+    "byteplane-packed": [("byteplane", {})],
+    "byteplane-packed-zstd": [("byteplane", {}), ("zstd", {})],
     "int8": [("int8", {"exact_tokens": 2})],
     "fp8": [("fp8", {"exact_layers": (1,)})],
     "int4": [("int4", {"group": 2}), ("safetensors", {})],
+    "coded": [("coded", {"step": 0.1}), ("zstd", {})],
     "encrypt": [("zstd", {}), ("encrypt", {"key_env": "LMCACHE_GOLDEN_KEY"})],
 }
-LOSSY = {"int8": 0.05, "fp8": 0.25, "int4": 0.25}
+LOSSY = {"int8": 0.05, "fp8": 0.25, "int4": 0.25, "coded": 0.25}
 """How far off the numbers of a chain may be; 0 for the others."""
 TOKENS = 5
 

@@ -20,6 +20,7 @@ CHAINS: list[Any] = [
     ["safetensors", {"zstd": {"level": 9}}],
     ["int8"],
     [{"int4": {"group": 8, "exact_layers": [1]}}, "safetensors", "zstd"],
+    [{"coded": {"step": 0.2}}, "zstd"],
     ["fp8", {"encrypt": {"key_env": "KV_KEY"}}],
 ]
 

@@ -13,6 +13,7 @@ from lmcache_core.chain import SerdeChain
 from lmcache_core.frame import decode, encode
 from lmcache_core.serde import ChunkInfo
 from lmcache_core.testing import SerdeConformance, make_chunk, random_tensors, tiny_layout
+from lmcache_serde.coded import Coded
 from lmcache_serde.fp8 import Fp8
 from lmcache_serde.int4 import Int4
 from lmcache_serde.int8 import Int8
@@ -76,7 +77,48 @@ class TestInt4(Lossy):
         return reach * (0.5 / 15) + original.abs().max() * 2**-6 + torch.zeros_like(original)
 
 
-NAMES = ["int8", "fp8", "int4"]
+class TestCoded(Lossy):
+    @pytest.fixture(params=[0.05, 0.35, 2.0])
+    def serde(self, request: pytest.FixtureRequest) -> Serde:
+        return made("coded", step=request.param)
+
+    def bound(self, original: torch.Tensor) -> torch.Tensor:
+        # Half of the largest step that there can be: keys deviate from a mean, values from 0.
+        reach = torch.maximum(original.max() - original.min(), original.abs().max())
+        return reach * (1 + 2**-4 + 2**-6) + torch.zeros_like(original)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_coded_is_off_by_half_a_step_at_most(dtype: str) -> None:
+    layout = tiny_layout(dtype)
+    info = ChunkInfo(layout, 512, 1)
+    tensors = random_tensors(layout, 512)
+    serde = made("coded", step=0.5)
+    for name, tensor in serde.decode(serde.encode(tensors, info), info).items():
+        along = 2 if name.endswith("k") else 3
+        true = tensors[name].float()
+        deviation = true.square().mean(along, keepdim=True).sqrt()
+        error = (tensor.float() - true).abs()
+        assert bool((error <= 0.25 * deviation * (1 + 2**-4) + true.abs() * 2**-6).all())
+        assert float(error.max()) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_coded_reaches_a_lone_number(dtype: str) -> None:
+    """However far it is from the others, and where squares would overflow."""
+    for tokens, far in ((4096, 3.0), (4096, 1e36)):
+        layout = tiny_layout(dtype)
+        info = ChunkInfo(layout, tokens, 1)
+        tensors = {n: torch.zeros_like(t) for n, t in random_tensors(layout, tokens).items()}
+        for tensor in tensors.values():
+            tensor[0, 0, 7, 3] = far
+        serde = made("coded", step=0.05)
+        for name, tensor in serde.decode(serde.encode(tensors, info), info).items():
+            assert bool(torch.isfinite(tensor).all())
+            assert float((tensor.float() - tensors[name].float()).abs().max()) < far / 100
+
+
+NAMES = ["int8", "fp8", "int4", "coded"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,7 +179,9 @@ def test_a_sink_does_not_spoil_its_neighbours(name: str) -> None:
         assert float((tensor.float() - tensors[n].float()).abs().max()) < 0.5
 
 
-@pytest.mark.parametrize(("name", "ratio"), [("int8", 1.9), ("fp8", 1.9), ("int4", 3.15)])
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("int8", 1.9), ("fp8", 1.9), ("int4", 3.15), ("coded", 1.9)]
+)
 def test_the_size_is_known_before(name: str, ratio: float) -> None:
     group = LayerGroup(
         kind="attention", layers=(0, 1), kv_heads=3, key_dim=64, value_dim=64, dtype="bfloat16"
@@ -188,15 +232,16 @@ def test_fp8_never_saturates_and_has_no_nan() -> None:
 
 
 def test_the_shift_of_fp8_is_exact_for_every_code() -> None:
-    from lmcache_serde.fp8 import _bfloat16
+    from lmcache_serde.fp8 import _to_bfloat16
 
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     finite = torch.isfinite(codes.float())
-    assert torch.equal(_bfloat16(codes).float()[finite], codes.float()[finite])
+    numbers = _to_bfloat16(codes, torch.empty(256, dtype=torch.bfloat16))
+    assert torch.equal(numbers.float()[finite], codes.float()[finite])
 
 
 def test_quantizing_leaves_its_input_alone() -> None:
-    for cls in (Int8, Fp8, Int4):
+    for cls in (Int8, Fp8, Int4, Coded):
         tensors = random_tensors(tiny_layout("float32"), 40)
         before = {n: t.clone() for n, t in tensors.items()}
         cls(cls.Options()).encode(tensors, ChunkInfo(tiny_layout("float32"), 40, 0))

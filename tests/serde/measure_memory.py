@@ -1,0 +1,101 @@
+"""Peak memory of encoding and decoding: python -m tests.serde.measure_memory, in a process of its
+own, for only the operating system counts what torch, numpy and libraries in C take.
+
+Prints JSON: {"chain / dtype": [encode, decode]}, each the most resident memory beyond what there
+was before the call, its result included, in chunks.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmcache_core import Chunk, KVLayout, LayerGroup, component
+from lmcache_core.chain import SerdeChain
+from lmcache_core.frame import decode, encode
+from lmcache_core.memory import HOST
+from lmcache_core.testing import make_chunk
+
+os.environ["LMCACHE_MEMORY_KEY"] = "5b" * 32
+CHAINS: list[list[tuple[str, dict[str, Any]]]] = [
+    [("raw", {})],
+    [("safetensors", {})],
+    [("zstd", {})],
+    [("byteplane", {})],
+    [("byteplane", {}), ("zstd", {})],
+    [("int8", {})],
+    [("int8", {}), ("zstd", {})],
+    [("int8", {"exact_layers": (1, 2)}), ("zstd", {})],
+    [("fp8", {})],
+    [("fp8", {}), ("zstd", {})],
+    [("int4", {})],
+    [("int4", {"group": 256}), ("zstd", {})],
+    [("int4", {"group": 48})],
+    [("int4", {"exact_layers": (1, 2)}), ("safetensors", {}), ("zstd", {})],
+    [("coded", {}), ("zstd", {})],
+    [("encrypt", {"key_env": "LMCACHE_MEMORY_KEY"})],
+    [("byteplane", {}), ("zstd", {}), ("encrypt", {"key_env": "LMCACHE_MEMORY_KEY"})],
+]
+
+
+def peak(work: Callable[[], object]) -> int:
+    """Bytes."""
+    gc.collect()
+    status = Path("/proc/self/status")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _field(status.read_text(), "VmRSS")
+    result = work()
+    after = _field(status.read_text(), "VmHWM")
+    del result
+    return after - before
+
+
+def _field(status: str, name: str) -> int:
+    line = next(line for line in status.splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10
+
+
+def chunk_of(dtype: str) -> Chunk:
+    """32 MiB: what is not the chunk's is small beside it."""
+    tokens = 256 * 2 // getattr(torch, dtype).itemsize
+    group = LayerGroup(
+        kind="attention", layers=tuple(range(32)), kv_heads=8, key_dim=128, value_dim=128,
+        dtype=dtype,
+    )  # fmt: skip
+    return make_chunk(KVLayout(groups=(group,)), tokens)
+
+
+def main() -> None:
+    """Measure each chain for each dtype."""
+    HOST._keep = 0  # what is kept for reuse would not count the second time
+    torch.set_num_threads(1)
+    found = {}
+    for dtype in ("bfloat16", "float32", "float8_e4m3fn"):
+        chunk = chunk_of(dtype)
+        for steps in CHAINS:
+            if dtype == "float8_e4m3fn" and steps[0][0] in ("int8", "fp8", "coded"):
+                continue  # codes as large as the KV: they and the KV alone are two chunks
+            classes = [(component("serdes", name), options) for name, options in steps]
+            chain = SerdeChain([cls(cls.Options(**options)) for cls, options in classes])
+            data = [memoryview(bytearray().join(encode(chunk, chain)))]  # imports, caches
+            decode(data, chunk.key)
+            sizes = [
+                peak(partial(encode, chunk, chain)),
+                peak(partial(decode, data, chunk.key)),
+            ]
+            name = ", ".join(n + (f" {o}" if o and n != "encrypt" else "") for n, o in steps)
+            found[f"{name} / {dtype}"] = [round(size / chunk.nbytes, 2) for size in sizes]
+            del data
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
