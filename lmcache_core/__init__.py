@@ -27,7 +27,7 @@ from lmcache_core.layout import (
     copy_exact,
     views,
 )
-from lmcache_core.memory import scratch
+from lmcache_core.memory import pin, scratch
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 from lmcache_core.workers import Workers
 
@@ -74,6 +74,7 @@ __all__ = [
     "hookimpl",
     "known",
     "open",
+    "pin",
     "scratch",
     "tenant_digest",
     "views",
