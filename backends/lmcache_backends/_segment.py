@@ -78,12 +78,13 @@ class Segment:
     used: np.ndarray
     leases: np.ndarray
     data: np.ndarray
+    memory: mmap.mmap
 
     def __init__(self, pool: str, capacity: int) -> None:
         """Create the pool's file or join it. Raises ConfigError where that cannot be."""
         self.path = path_of(pool)
         self._pid = os.getpid()
-        self._mutex = threading.Lock()
+        self.mutex = threading.Lock()
         self._fd = _open_locked(self.path)
         _OPEN.add(self)
         try:
@@ -136,7 +137,7 @@ class Segment:
     def locked(self, timeout: float) -> Iterator[None]:
         """Hold the mutex. Raises DeadlineExceeded where another does for `timeout` seconds."""
         end = time.monotonic() + timeout
-        if not self._mutex.acquire(timeout=max(timeout, 0)):
+        if not self.mutex.acquire(timeout=max(timeout, 0)):
             raise DeadlineExceeded(f"a thread holds the lock for {timeout:.3g} s")
         try:
             self.check()
@@ -151,7 +152,7 @@ class Segment:
             finally:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
-            self._mutex.release()
+            self.mutex.release()
 
     def _try_lock(self) -> bool:
         try:
@@ -175,11 +176,14 @@ class Segment:
         return _is_held(self._fd, member)
 
     def close(self) -> None:
-        """Give up both locks. The mapping stays until the last view on it is gone."""
+        """Give up both locks. The mapping goes with the last view on it, of which none is ours."""
         _OPEN.discard(self)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        for name in [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]:
+            delattr(self, name)
+        vars(self).pop("memory", None)
 
 
 def path_of(pool: str) -> str:

@@ -229,7 +229,6 @@ class _Pool:
 
     def __init__(self, options: ShmOptions) -> None:
         self._segment = Segment(options.pool, options.capacity)
-        self._words = self._segment.words
         self._rooms: dict[int, int] = {}
         """Slots of rooms handed out, by the address of their payload."""
         self.closed = False
@@ -253,21 +252,26 @@ class _Pool:
     def close(self) -> None:
         """Leave, as soon as nobody looks at what was read."""
         self.closed = True
-        self._leases.closing = True
-        self._leases.settle()
+        with self._segment.mutex:  # nobody is within
+            self._leases.closing = True
+            self._leases.settle()
 
     def ping(self, timeout: float) -> None:
         with self._locked(timeout):
             pass
+
+    @property
+    def _words(self) -> np.ndarray:
+        return self._segment.words
 
     # The mutex
 
     @contextmanager
     def _locked(self, timeout: float) -> Iterator[None]:
         """Hold the mutex, with all that is derived in order."""
-        if self.closed:
-            raise StorageError("closed")
         with self._segment.locked(timeout):
+            if self.closed:
+                raise StorageError("closed")
             if self._words[Word.DIRTY]:
                 self._derive()
                 self._words[Word.DIRTY] = 0
