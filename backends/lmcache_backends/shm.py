@@ -59,8 +59,6 @@ from lmcache_core import (
 
 FREE, RESERVED, WHOLE, GONE = range(4)
 _OPEN_SECONDS = 10.0
-_ODD = np.uint64(0x9E3779B97F4A7C15)
-_HALF = np.uint64(32)
 
 
 class ShmOptions(Options):
@@ -113,12 +111,12 @@ class ShmBackend(StorageBackend):
 
     def _put(self, key: ChunkKey, parts: Parts, chain: Sequence[ChunkKey], timeout: float) -> bool:
         pool = self._pool
-        if pool.contains([key])[0]:
-            return True
         slot = pool.room_of(parts)
         if slot:
             pool.fill_head(slot, parts[0])
             pool.publish(slot, key, timeout)
+            return True
+        if pool.contains([key])[0]:
             return True
         room = self._reserve(pool, sum(part.nbytes for part in parts), 0, chain, timeout)
         if room is None:
@@ -230,7 +228,8 @@ class _Pool:
     def __init__(self, options: ShmOptions) -> None:
         self._segment = Segment(options.pool, options.capacity)
         self._rooms: dict[int, int] = {}
-        """Slots of rooms handed out, by the address of their payload."""
+        """Slots of rooms handed out, by where in `data` their payload begins."""
+        self._base = _address(self._segment.data.data)
         self.closed = False
         try:
             with self._changing(_OPEN_SECONDS):
@@ -311,34 +310,33 @@ class _Pool:
             return np.zeros(0, np.int64)
         segment = self._segment
         wanted = np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 4)
-        cells = segment.index[self._buckets(wanted)].reshape(len(keys), -1)
+        cells = segment.index[self._buckets(wanted[:, 2:])].reshape(len(keys), -1)
         same = (segment.keys[cells] == wanted[:, None, :]).all(axis=2)
         same &= segment.state[cells] == WHOLE
         slots: np.ndarray = np.where(same, cells, 0).max(axis=1).astype(np.int64)
         return slots
 
-    def _buckets(self, keys: np.ndarray) -> np.ndarray:
-        """The two buckets of each key. With two to choose from, none of the 8 cells each ever
-        runs out in practice: there are fewer than two slots to a bucket."""
-        mixed = keys[:, 2] * _ODD + keys[:, 3]
-        mixed = (mixed ^ (mixed >> _HALF)) * _ODD
-        mask = np.uint64(len(self._segment.index) - 1)
-        return np.stack([mixed >> _HALF & mask, mixed & mask], axis=1)
-
-    def _cells(self, slot: int) -> tuple[np.ndarray, np.ndarray]:
-        one, two = self._buckets(self._segment.keys[slot : slot + 1])[0]
-        return self._segment.index[one], self._segment.index[two]
+    def _buckets(self, hashes: np.ndarray) -> np.ndarray:
+        """Two for each key: a key ends with 16 bytes of a cryptographic hash. With two to choose
+        from, and fewer than two slots to a bucket, its 8 cells do not run out in practice."""
+        buckets: np.ndarray = hashes & np.uint64(len(self._segment.index) - 1)
+        return buckets
 
     def _enter(self, slot: int) -> bool:
         """Let the index lead to a slot: from its emptier bucket."""
-        cells = max(self._cells(slot), key=lambda cells: int((cells == 0).sum()))
-        free = np.flatnonzero(cells == 0)
-        if len(free):
-            cells[free[0]] = slot
-        return bool(len(free))
+        segment = self._segment
+        buckets = self._buckets(segment.keys[slot, 2:])
+        free = segment.index[buckets] == 0
+        row = int(free.sum(axis=1).argmax())
+        if not free[row].any():
+            return False
+        segment.index[buckets[row], int(free[row].argmax())] = slot
+        return True
 
     def _leave(self, slot: int) -> None:
-        for cells in self._cells(slot):
+        index = self._segment.index
+        for bucket in self._buckets(self._segment.keys[slot, 2:]):
+            cells = index[bucket]
             cells[cells == slot] = 0
 
     def _derive(self) -> None:
@@ -423,7 +421,7 @@ class _Pool:
             self._leases.take([slot])
         view = self._leases.view(slot, begin, begin + nbytes)
         if head:
-            self._rooms[_address(view)] = slot
+            self._rooms[begin] = slot
         return slot, view
 
     def _occupy(self, slot: int, first: int, pages: int) -> None:
@@ -442,13 +440,12 @@ class _Pool:
         """The slot that the last part already lies in, with room for the first before it; or 0."""
         if len(parts) != 2 or parts[0].nbytes > PAGE or not parts[1].nbytes:
             return 0
-        slot = self._rooms.pop(_address(parts[1]), 0)
+        begin = _address(parts[1]) - self._base
+        slot = self._rooms.pop(begin, 0)
         segment = self._segment
-        fits = slot and segment.state[slot] == RESERVED and segment.owner[slot] == self._member
-        if not fits or segment.nbytes[slot] != parts[1].nbytes:
-            return 0
-        begin = int(segment.start[slot])
-        return slot if _address(parts[1]) == _address(segment.data[begin:].data) else 0
+        ours = segment.state[slot] == RESERVED and segment.owner[slot] == self._member
+        same = (segment.start[slot], segment.nbytes[slot]) == (begin, parts[1].nbytes)
+        return slot if ours and same else 0
 
     def fill_head(self, slot: int, head: memoryview) -> None:
         """Put a head before the payload that lies in a reserved slot."""
@@ -620,7 +617,7 @@ def _copy(parts: Parts, target: memoryview) -> None:
 
 
 def _address(buffer: memoryview) -> int:
-    return np.frombuffer(buffer, np.uint8).ctypes.data
+    return int(np.frombuffer(buffer, np.uint8).__array_interface__["data"][0])
 
 
 # Pools that were left
