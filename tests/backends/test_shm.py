@@ -768,6 +768,7 @@ def test_processes_killed_at_random_harm_nobody(pool: str) -> None:
             victim.kill()
             victim.join()
             assert victim.exitcode == -signal.SIGKILL
+            victim.close()
             kills += 1
             began = time.monotonic()
             while get(survivor, 10_000 + kills) is None:  # held up, or evicted at once
@@ -778,6 +779,7 @@ def test_processes_killed_at_random_harm_nobody(pool: str) -> None:
         for worker in workers:
             worker.kill()
             worker.join()
+            worker.close()
     for number in range(KEYS):
         view = get(survivor, number)
         assert view is None or view == sized(number)
