@@ -82,6 +82,7 @@ class ShmBackend(StorageBackend):
     def __init__(self, options: ShmOptions) -> None:
         self._options = options
         self._pool = _Pool(options)
+        self._joining = threading.Lock()
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         return self._pool.contains(keys)
@@ -151,15 +152,16 @@ class ShmBackend(StorageBackend):
 
     def ping(self, timeout: float) -> None:
         """Join the pool anew where its file was deleted; else see that its lock can be had."""
-        try:
-            self._pool.ping(timeout)
-        except DeadlineExceeded:
-            raise
-        except StorageError:
-            if self._pool.closed:
+        with self._joining:
+            try:
+                self._pool.ping(timeout)
+            except DeadlineExceeded:
                 raise
-            lost, self._pool = self._pool, _Pool(self._options)
-            lost.close()
+            except StorageError:
+                if self._pool.closed:
+                    raise
+                lost, self._pool = self._pool, _Pool(self._options)
+                lost.close()
 
     def close(self) -> None:
         self._pool.close()

@@ -486,14 +486,55 @@ def test_a_pool_that_was_cut_gives_misses(pool: str) -> None:
     backend.close()
 
 
-def test_the_engine_goes_on_after_its_pool_was_deleted(pool: str) -> None:
-    layout = KVLayout(
-        groups=(LayerGroup(kind="attention", layers=(0,), kv_heads=1, key_dim=8, value_dim=8,
-                           dtype="float32"),)
-    )  # fmt: skip
+LAYOUT = KVLayout(
+    groups=(LayerGroup(kind="attention", layers=(0,), kv_heads=1, key_dim=8, value_dim=8,
+                       dtype="float32"),)
+)  # fmt: skip
+
+
+def test_an_engine_gathers_straight_into_the_pages_that_others_load(pool: str) -> None:
+    tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
+    config = {"tiers": [tier], "chunk_size": 16}
+    with lmcache_core.open(config) as one, lmcache_core.open(config) as two:
+        namespace = one.namespace(model="m", layout=LAYOUT)
+        keys = one.keys(namespace, list(range(64)))
+        bases = [c._tiers[0]._backend._pool._segment.whole.ctypes.data for c in (one, two)]
+        gathered: list[int] = []
+
+        def gather(index: int, out: lmcache_core.Tensors) -> None:
+            gathered.extend(tensor.fill_(index).data_ptr() - bases[0] for tensor in out.values())
+
+        assert one.store(namespace, keys, gather) == 4
+        chunks = list(two.load(keys))
+        loaded = [t.data_ptr() - bases[1] for chunk in chunks for t in chunk.tensors.values()]
+        assert loaded == gathered
+        assert [float(chunk.tensors["g0.v"].min()) for chunk in chunks] == [0, 1, 2, 3]
+        del chunks
+
+
+def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
     tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
     with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
-        namespace = cache.namespace(model="m", layout=layout)
+        namespace = cache.namespace(model="m", layout=LAYOUT)
+        keys = cache.keys(namespace, list(range(64)))
+
+        def gather(index: int, out: lmcache_core.Tensors) -> None:
+            if index == 2:
+                raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            cache.store(namespace, keys, gather)
+        gc.collect()
+        assert cache.lookup(keys).chunks == 2
+        check(cache._tiers[0]._backend)
+        assert len(RawPool(pool).slots(WHOLE)) == 2
+        assert not RawPool(pool).slots(RESERVED) + RawPool(pool).slots(GONE)
+
+
+def test_the_engine_goes_on_after_its_pool_was_deleted(pool: str) -> None:
+    tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
+    with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
+        namespace = cache.namespace(model="m", layout=LAYOUT)
         keys = cache.keys(namespace, list(range(64)))
 
         def gather(index: int, out: lmcache_core.Tensors) -> None:
