@@ -3,6 +3,7 @@
 # make bench  the figures in README.md
 # make bench-remote  load, store and lookup of network backends: docs/backends.md
 # make bench-serde   what each serde saves and costs: docs/serdes.md
+# make bench-shm     the shared-memory tier beside its limits: docs/shm.md
 # make lint   ruff, mypy, import-linter
 #
 # Each sets up what it needs in .venv. PYTHON=python3.12 picks another interpreter.
@@ -13,7 +14,7 @@ OLDEST := .cache/transformers-5.16.1
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench bench-remote bench-serde lint clean
+.PHONY: demo test bench bench-remote bench-serde bench-shm lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -34,6 +35,9 @@ bench-remote: $(READY)
 # Beside ZipNN and blosc2 where they are installed: pip install zipnn blosc2
 bench-serde: $(READY)
 	$(BIN)/python benchmarks/bench_serde.py --write
+
+bench-shm: $(READY)
+	$(BIN)/python benchmarks/bench_shm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

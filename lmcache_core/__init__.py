@@ -28,7 +28,7 @@ from lmcache_core.layout import (
     copy_exact,
     views,
 )
-from lmcache_core.memory import scratch
+from lmcache_core.memory import pin, scratch
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 from lmcache_core.workers import Workers
 
@@ -76,6 +76,7 @@ __all__ = [
     "known",
     "load_config",
     "open",
+    "pin",
     "scratch",
     "tenant_digest",
     "views",

@@ -96,6 +96,15 @@ class StorageBackend(ABC):
     def scan(self) -> Iterator[Stored]:
         """Every whole frame that is there, in any order."""
 
+    def room(self, nbytes: int, chain: Sequence[ChunkKey], timeout: float) -> memoryview | None:
+        """Memory of the store's own for a payload of `nbytes`, or None where it has none.
+
+        What fills it hands it to `put` as a frame's last part, which then need not copy it. Dropped
+        instead, it goes back. Asked on the engine's thread, so only where `in_memory`; `chain` is
+        the sequence that the frame ends, as in `put`.
+        """
+        return None
+
     def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:  # noqa: B027
         """The sequence `keys` (root first) was used: evict it late, its leaves before its root."""
 

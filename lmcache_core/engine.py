@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from lmcache_core.backend import Allocate
 from lmcache_core.components import component
 from lmcache_core.config import Config, TierConfig, load
 from lmcache_core.errors import ConfigError
@@ -241,7 +242,8 @@ class CacheEngine:
             for index in new:
                 if all(refused):
                     break  # nobody takes it: do not even gather it
-                chunk = _gather(namespace, keys[index], index, tokens, gather)
+                room = HOST.allocate if refused[0] else self._tiers[0].room(keys[: index + 1])
+                chunk = _gather(namespace, keys[index], index, tokens, gather, room)
                 for n, tier in enumerate(self._tiers):
                     refused[n] = refused[n] or tier.store(chunk, keys)
                     taken[n] += not refused[n]
@@ -336,9 +338,11 @@ class _Tally:
             self._observers.tell(event, tier=tier, keys=keys, nbytes=sum(sizes))
 
 
-def _gather(namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather) -> Chunk:
+def _gather(
+    namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather, room: Allocate
+) -> Chunk:
     specs = namespace.layout.tensors(tokens)
-    tensors = views(HOST.allocate(sum(spec.nbytes for spec in specs)), specs)
+    tensors = views(room(sum(spec.nbytes for spec in specs)), specs)
     gather(index, tensors)
     return Chunk(key, namespace, index, tokens, tensors)
 

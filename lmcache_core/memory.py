@@ -15,7 +15,10 @@ import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+from lmcache_core.errors import ConfigError
 
 POOL_BYTES = 256 << 20
 """Free memory that the pool keeps for reuse."""
@@ -78,6 +81,22 @@ def _map(size: int) -> mmap.mmap:
 
 HOST = HostBuffers()
 """The process's pool."""
+
+
+def pin(pages: np.ndarray) -> None:
+    """Register memory that was mapped elsewhere as pinned, until `pages` is gone.
+
+    Raises ConfigError where the driver refuses. Without CUDA there is nothing to do.
+    """
+    if not torch.cuda.is_available():
+        return
+    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(cuda.cudaHostRegister(pages.ctypes.data, pages.nbytes, 0))
+    if code:
+        raise ConfigError(
+            f"{pages.nbytes} bytes of host memory cannot be pinned: CUDA error {code}"
+        )
+    weakref.finalize(pages, cuda.cudaHostUnregister, pages.ctypes.data).atexit = False
 
 
 def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lmcache_core import frame
-from lmcache_core.backend import Parts, StorageBackend
+from lmcache_core.backend import Allocate, Parts, StorageBackend
 from lmcache_core.breaker import Breaker
 from lmcache_core.chain import SerdeChain
 from lmcache_core.config import TierConfig
@@ -211,6 +211,20 @@ class Tier:
     def lacks(self, key: ChunkKey) -> bool:
         """Whether a chunk was dropped here earlier and is worth offering again."""
         return key in self._writer.holes and not self._writes.is_open
+
+    def room(self, chain: Sequence[ChunkKey]) -> Allocate:
+        """Where to gather the last chunk of `chain` into: memory of the store's own, if it has."""
+
+        def allocate(nbytes: int) -> memoryview:
+            room = None
+            if self.in_memory and not self._writes.is_open:
+                try:
+                    room = self._backend.room(nbytes, chain, self._deadline)
+                except Exception as error:
+                    self._failed(self._writes, "store", error)
+            return HOST.allocate(nbytes) if room is None else room
+
+        return allocate
 
     def store(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
         """Store a chunk of the sequence `keys`, now or soon; returns "" or why it was refused.

@@ -1,0 +1,834 @@
+"""shm: the conformance suite, and what only a pool of processes can suffer.
+
+LMCACHE_SHM_SECONDS=600 makes the test that kills workers at random run for that long.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import multiprocessing
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lmcache_core
+from lmcache_backends import _segment
+from lmcache_backends.shm import FREE, GONE, RESERVED, WHOLE, ShmBackend, ShmOptions, main
+from lmcache_core import (
+    ChunkKey,
+    ConfigError,
+    DeadlineExceeded,
+    KVLayout,
+    LayerGroup,
+    StorageBackend,
+    StorageError,
+)
+from lmcache_core.testing import SMALL, BackendConformance, no_leaks
+
+GIB = 1 << 30
+MIB = 1 << 20
+PAGE = 4096
+SECONDS = float(os.environ.get("LMCACHE_SHM_SECONDS", "12"))
+
+
+@pytest.fixture
+def pool() -> Iterator[str]:
+    names = [f"test-{os.getpid()}-{secrets.token_hex(4)}"]
+    yield names[0]
+    for path in Path("/dev/shm").glob(f"lmcache-{os.getuid()}-{names[0]}*"):
+        path.unlink()
+
+
+def opener(pool: str, capacity: int = 256 * MIB) -> Callable[[], ShmBackend]:
+    return functools.partial(ShmBackend, ShmOptions(capacity=capacity, pool=pool))
+
+
+class RawPool:
+    """The segment, by the layout that `_segment` documents and its first page tells."""
+
+    NAMES = ("state", "owner", "taken", "members", "index", "keys", "start", "nbytes", "first",
+             "pages", "used", "leases", "data")  # fmt: skip
+
+    def __init__(self, pool: str) -> None:
+        self.path = Path(f"/dev/shm/lmcache-{os.getuid()}-{pool}")
+
+    def __call__(self, name: str, row: int, nbytes: int = 0) -> bytes:
+        with self.path.open("rb", 0) as file:
+            return os.pread(file.fileno(), nbytes or self.width(name), self.at(name, row))
+
+    def width(self, name: str) -> int:
+        return {"keys": 32, "start": 8, "nbytes": 8, "first": 8, "pages": 8}.get(name, 1)
+
+    def word(self, number: int) -> int:
+        with self.path.open("rb", 0) as file:
+            return int.from_bytes(os.pread(file.fileno(), 8, 8 * number), "little")
+
+    def at(self, name: str, row: int) -> int:
+        return self.word(16 + self.NAMES.index(name)) + row * self.width(name)
+
+    def number(self, name: str, row: int) -> int:
+        return int.from_bytes(self(name, row), "little")
+
+    def slots(self, state: int) -> list[int]:
+        states = self("state", 0, self.word(4))
+        return [slot for slot, value in enumerate(states) if value == state]
+
+    def read(self, key: ChunkKey) -> bytes | None:
+        for slot in self.slots(WHOLE):
+            if self("keys", slot) == key:
+                nbytes = self.number("nbytes", slot)
+                return self("data", self.number("start", slot), nbytes) if nbytes else b""
+        return None
+
+    def keys(self) -> set[ChunkKey]:
+        return {ChunkKey(self("keys", slot)) for slot in self.slots(WHOLE)}
+
+    def write(self, key: ChunkKey, value: bytes) -> None:
+        """A slot and its pages, as one who dies before the index knows of them leaves them."""
+        slot = self.slots(FREE)[-1]
+        pages = max(1, -(-len(value) // PAGE))
+        free = self("taken", 0, self.word(5)).find(bytes(pages))
+        with self.path.open("rb+", 0) as file:
+            fields = {"start": free * PAGE, "nbytes": len(value), "first": free, "pages": pages}
+            for name, number in fields.items():
+                os.pwrite(file.fileno(), number.to_bytes(8, "little"), self.at(name, slot))
+            os.pwrite(file.fileno(), key, self.at("keys", slot))
+            os.pwrite(file.fileno(), value, self.at("data", free * PAGE))
+            os.pwrite(file.fileno(), bytes([WHOLE]), self.at("state", slot))
+            os.pwrite(file.fileno(), b"\1", 8 * 6)
+
+
+class TestShm(BackendConformance):
+    persistent = shared = bounded = True
+
+    @pytest.fixture
+    def raw(self, pool: str) -> RawPool:
+        return RawPool(pool)
+
+    @pytest.fixture
+    def open_backend(self, pool: str) -> Callable[[], StorageBackend]:
+        return opener(pool)
+
+    @pytest.fixture
+    def open_small(self, pool: str) -> Callable[[], StorageBackend]:
+        return opener(pool, SMALL)
+
+
+def key(number: int) -> ChunkKey:
+    return ChunkKey(hashlib.sha256(b"%d" % number).digest())
+
+
+def value(number: int, nbytes: int) -> bytes:
+    return (hashlib.sha256(b"value %d" % number).digest() * (nbytes // 32 + 1))[:nbytes]
+
+
+def put(backend: ShmBackend, number: int, nbytes: int = 5000) -> int:
+    parts = [memoryview(value(number, nbytes))]
+    return backend.put([(key(number), parts)], [key(number)], 5.0)
+
+
+def get(backend: ShmBackend, number: int) -> memoryview | None:
+    for _, (view,) in backend.get([key(number)], lambda n: pytest.fail("no buffer"), 5.0):
+        return view
+    return None
+
+
+def check(backend: ShmBackend) -> None:
+    """All that is derived must follow from the slots."""
+    pool = backend._pool
+    segment, words = pool._segment, pool._words
+    with pool._changing(5.0):
+        pool._reap()
+    live = np.flatnonzero(segment.state != FREE)
+    taken = np.zeros_like(segment.taken, dtype=np.int64)
+    for slot in live:
+        taken[segment.first[slot] : segment.first[slot] + segment.pages[slot]] += 1
+    assert taken.max(initial=0) <= 1  # no page is two slots'
+    assert (taken == segment.taken).all()
+    assert words[_segment.Word.FREE] == (taken == 0).sum()
+    longest = max(map(len, bytes(segment.taken).split(b"\1")))
+    assert words[_segment.Word.LONGEST] >= longest
+    whole = set(np.flatnonzero(segment.state == WHOLE))
+    assert sorted(segment.index[segment.index > 0]) == sorted(whole)
+    keys = [ChunkKey(segment.keys[slot].tobytes()) for slot in whole]
+    assert set(pool._find(keys)) == whole  # each is found, and only once
+    assert not words[_segment.Word.DIRTY]
+
+
+@pytest.fixture
+def backend(pool: str) -> Iterator[ShmBackend]:
+    with no_leaks():
+        backend = opener(pool)()
+        yield backend
+        check(backend)
+        backend.close()
+        del backend
+
+
+# Opening
+
+
+def test_the_file_is_the_users_own_and_stays_when_all_have_left(pool: str) -> None:
+    backend = opener(pool)()
+    put(backend, 1)
+    backend.close()
+    status = RawPool(pool).path.stat()
+    assert status.st_mode & 0o777 == 0o600
+    assert status.st_blocks * 512 >= 256 * MIB  # every page is there, so none is missing later
+
+
+def test_another_size_is_refused_and_named(backend: ShmBackend, pool: str) -> None:
+    put(backend, 1)
+    with pytest.raises(ConfigError, match=r"created with 268435456 bytes, not 1048576; stop its"):
+        opener(pool, MIB)()
+    assert get(backend, 1) == value(1, 5000)
+
+
+@pytest.mark.parametrize(
+    ("word", "number", "message"),
+    [(1, 99, "layout version 99, not 1"), (0, 12345, "is not a pool")],
+)
+def test_another_layout_is_refused(pool: str, word: int, number: int, message: str) -> None:
+    opener(pool, MIB)().close()
+    with RawPool(pool).path.open("rb+", 0) as file:
+        os.pwrite(file.fileno(), number.to_bytes(8, "little"), 8 * word)
+    with no_leaks(), pytest.raises(ConfigError, match=message):
+        opener(pool, MIB)()
+
+
+def test_a_pool_whose_creator_was_killed_is_made_anew(pool: str) -> None:
+    path = RawPool(pool).path
+    for rest in (b"", bytes(10 * PAGE)):
+        path.write_bytes(rest)
+        path.chmod(0o600)
+        backend = opener(pool, MIB)()
+        assert put(backend, 1) == 1
+        backend.close()
+        path.unlink()
+
+
+def test_what_others_can_write_to_is_refused(pool: str) -> None:
+    opener(pool, MIB)().close()
+    RawPool(pool).path.chmod(0o666)
+    with pytest.raises(ConfigError, match="is open to other users"):
+        opener(pool, MIB)()
+
+
+def test_a_link_is_not_followed(pool: str, tmp_path: Path) -> None:
+    RawPool(pool).path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        opener(pool, MIB)()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_more_than_there_is_memory_is_refused_at_once_and_leaves_nothing(pool: str) -> None:
+    free = os.statvfs("/dev/shm").f_bavail * PAGE
+    with no_leaks(), pytest.raises(ConfigError, match=r"capacity: .* would take .* bytes, and"):
+        opener(pool, free * 4)()
+    assert not RawPool(pool).path.exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_another_users_pool_is_refused(pool: str) -> None:
+    opener(pool, MIB)().close()
+    os.chown(RawPool(pool).path, 12345, -1)
+    with pytest.raises(ConfigError, match="is open to other users"):
+        opener(pool, MIB)()
+
+
+def test_there_is_a_limit_to_members_and_their_places_are_used_again(pool: str) -> None:
+    members = [opener(pool, MIB)() for _ in range(64)]
+    with pytest.raises(ConfigError, match="64 members already"):
+        opener(pool, MIB)()
+    members[7].close()
+    again = opener(pool, MIB)()
+    assert put(again, 1) == 1
+    for member in [*members, again]:
+        member.close()
+
+
+def test_the_name_cannot_lead_elsewhere() -> None:
+    for name in ("", "a/b", "../x", "a b", "x" * 65):
+        with pytest.raises(ValueError, match="pool"):
+            ShmOptions(capacity=MIB, pool=name)
+
+
+# Reading without copying
+
+
+def test_a_view_shows_the_shared_pages_themselves(backend: ShmBackend, pool: str) -> None:
+    put(backend, 1)
+    view = get(backend, 1)
+    raw = RawPool(pool)
+    (slot,) = raw.slots(WHOLE)
+    with raw.path.open("rb+", 0) as file:
+        os.pwrite(file.fileno(), b"!", raw.at("data", raw.number("start", slot)))
+    assert view[:1] == b"!"
+    assert view.readonly
+
+
+def test_what_a_reader_holds_is_not_overwritten(pool: str) -> None:
+    one, two = opener(pool, MIB)(), opener(pool, MIB)()
+    put(one, 1, MIB // 4)
+    array = np.asarray(get(two, 1))
+    part = array[1000:2000]
+    del array
+    for number in range(2, 30):
+        put(one, number, MIB // 4)
+    assert one.contains([key(1)], 1.0) == [True]
+    one.delete([key(1)], 1.0)
+    for number in range(30, 60):
+        put(one, number, MIB // 4)
+    assert part.tobytes() == value(1, MIB // 4)[1000:2000]
+    assert len(list(one.scan())) == 3
+    del part
+    for number in range(60, 70):
+        put(one, number, MIB // 4)
+    assert len(list(one.scan())) == 4
+    check(one)
+    one.close()
+    two.close()
+
+
+def test_a_reader_that_has_closed_still_reads(pool: str) -> None:
+    one, two = opener(pool, MIB)(), opener(pool, MIB)()
+    with no_leaks():
+        put(one, 1, MIB // 2)
+        reader = opener(pool, MIB)()
+        view = get(reader, 1)
+        reader.close()
+        for number in range(2, 9):
+            put(two, number, MIB // 2)
+        assert view == value(1, MIB // 2)
+        del view, reader
+    one.close()
+    two.close()
+
+
+def test_what_is_held_everywhere_leaves_no_room(pool: str) -> None:
+    backend = opener(pool, MIB)()
+    assert [put(backend, number, MIB // 4) for number in range(4)] == [1] * 4
+    held = [get(backend, number) for number in range(4)]
+    assert put(backend, 9, MIB // 4) == 0
+    assert backend.contains([key(n) for n in range(4)], 1.0) == [True] * 4
+    held.pop()
+    assert put(backend, 9, MIB // 4) == 1
+    backend.close()
+
+
+def test_views_may_die_on_any_thread_and_in_cycles(backend: ShmBackend) -> None:
+    for number in range(8):
+        put(backend, number)
+
+    def work() -> None:
+        for n in range(300):
+            cycle: list[object] = [get(backend, n % 8), get(backend, (n + 1) % 8)]
+            cycle.append(cycle)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    gc.collect()
+    assert not backend._pool._segment.leases.any()
+    assert not backend._pool._leases._counts
+
+
+# Room
+
+
+def test_a_payload_in_room_of_the_pool_is_published_where_it_lies(backend: ShmBackend) -> None:
+    room = backend.room(10_000, [key(1)], 1.0)
+    room[:] = value(1, 10_000)
+    head = bytes(range(64)) * 3
+    before = bytes(room)
+    where = np.frombuffer(room, np.uint8).ctypes.data
+    assert backend.contains([key(1)], 1.0) == [False]
+    assert backend.put([(key(1), [memoryview(head), room])], [key(1)], 1.0) == 1
+    view = get(backend, 1)
+    assert view == head + before
+    assert np.frombuffer(view, np.uint8).ctypes.data == where - len(head)
+    del room, view
+    assert len(backend._pool._segment.state.nonzero()[0]) == 1
+
+
+def test_room_that_is_given_up_is_taken_back(pool: str) -> None:
+    backend = opener(pool, MIB)()
+    for _ in range(20):
+        assert backend.room(MIB - PAGE, [], 1.0) is not None
+    held = backend.room(MIB - PAGE, [], 1.0)
+    assert backend.room(1, [], 1.0) is None
+    del held
+    assert put(backend, 1, MIB) == 1
+    backend.close()
+
+
+def test_a_head_larger_than_the_space_before_it_is_copied_with_its_payload(
+    backend: ShmBackend,
+) -> None:
+    room = backend.room(5000, [key(1)], 1.0)
+    room[:] = value(1, 5000)
+    head = bytes(PAGE + 64)
+    backend.put([(key(1), [memoryview(head), room])], [key(1)], 1.0)
+    assert get(backend, 1) == head + value(1, 5000)
+    del room
+
+
+def test_two_who_store_the_same_keep_one(pool: str) -> None:
+    one, two = opener(pool)(), opener(pool)()
+    rooms = [one.room(5000, [key(1)], 1.0), two.room(5000, [key(1)], 1.0)]
+    for backend, room, byte in zip((one, two), rooms, b"12", strict=True):
+        room[:] = bytes([byte]) * 5000
+        assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], 1.0) == 1
+    assert get(one, 1) == b"head" + b"1" * 5000
+    assert len(list(two.scan())) == 1
+    del rooms, room
+    check(one)
+    assert len(RawPool(pool).slots(WHOLE)) == 1
+    assert not RawPool(pool).slots(RESERVED) + RawPool(pool).slots(GONE)
+    one.close()
+    two.close()
+
+
+def test_frames_of_all_sizes_fill_most_of_the_pool(pool: str) -> None:
+    """Random sizes over a factor of 64 with old ones leaving for weeks: space is not lost."""
+    backend = opener(pool, 16 * MIB)()
+    chance = random.Random(5)
+    for number in range(1500):
+        assert put(backend, number, int(8192 * 64 ** chance.random())) == 1
+    stored = sum(stored.nbytes for stored in backend.scan())
+    assert stored > 0.75 * 16 * MIB
+    check(backend)
+    backend.close()
+
+
+def test_one_large_frame_displaces_the_neighbours_that_are_least_in_use(pool: str) -> None:
+    backend = opener(pool, MIB)()
+    for number in range(64):
+        put(backend, number, MIB // 64)
+    backend.touch([key(n) for n in chance_order(64)], 1.0)
+    assert put(backend, 99, MIB // 2) == 1
+    assert len(list(backend.scan())) >= 64 - 32 - 64 + 1
+    assert get(backend, 99) == value(99, MIB // 2)
+    check(backend)
+    backend.close()
+
+
+def chance_order(count: int) -> list[int]:
+    return random.Random(1).sample(range(count), count)
+
+
+def test_slots_run_out_before_bytes_do(pool: str) -> None:
+    backend = opener(pool, 8 * MIB)()
+    slots = RawPool(pool).word(4)
+    evicted: list[ChunkKey] = []
+    backend.on_evict = evicted.extend
+    for number in range(slots + 50):
+        assert put(backend, number, 10) == 1
+    assert evicted == [key(number) for number in range(51)]
+    check(backend)
+    backend.close()
+
+
+def test_the_index_takes_less_than_200_bytes_a_chunk(pool: str) -> None:
+    opener(pool)().close()
+    raw = RawPool(pool)
+    page_map = raw.word(5)
+    assert (raw.at("data", 0) - page_map) / raw.word(4) < 200
+
+
+# Trouble
+
+
+def test_a_deleted_pool_gives_misses_and_ping_makes_a_new_one(backend: ShmBackend) -> None:
+    put(backend, 1)
+    view = get(backend, 1)
+    os.unlink(backend._pool._segment.path)
+    for call in (
+        lambda: backend.contains([key(1)], 1.0),
+        lambda: get(backend, 1),
+        lambda: put(backend, 2),
+        lambda: backend.touch([key(1)], 1.0),
+        lambda: backend.delete([key(1)], 1.0),
+    ):
+        with pytest.raises(StorageError, match="was deleted"):
+            call()
+    assert view == value(1, 5000)
+    del view
+    backend.ping(1.0)
+    assert backend.contains([key(1)], 1.0) == [False]
+    assert put(backend, 1) == 1
+
+
+def test_a_pool_that_was_cut_gives_misses(pool: str) -> None:
+    backend = opener(pool)()
+    put(backend, 1)
+    view = get(backend, 1)
+    os.truncate(RawPool(pool).path, 100)
+    with pytest.raises(StorageError, match="was cut to 100 bytes"):
+        backend.contains([key(1)], 1.0)
+    with pytest.raises(ConfigError, match=r"not a pool|was cut"):
+        backend.ping(1.0)
+    del view  # which must not touch the pages
+    backend.close()
+
+
+LAYOUT = KVLayout(
+    groups=(LayerGroup(kind="attention", layers=(0,), kv_heads=1, key_dim=8, value_dim=8,
+                       dtype="float32"),)
+)  # fmt: skip
+
+
+def test_an_engine_gathers_straight_into_the_pages_that_others_load(pool: str) -> None:
+    tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
+    config = {"tiers": [tier], "chunk_size": 16}
+    with lmcache_core.open(config) as one, lmcache_core.open(config) as two:
+        namespace = one.namespace(model="m", layout=LAYOUT)
+        keys = one.keys(namespace, list(range(64)))
+        bases = [c._tiers[0]._backend._pool._segment.whole.ctypes.data for c in (one, two)]
+        gathered: list[int] = []
+
+        def gather(index: int, out: lmcache_core.Tensors) -> None:
+            gathered.extend(tensor.fill_(index).data_ptr() - bases[0] for tensor in out.values())
+
+        assert one.store(namespace, keys, gather) == 4
+        chunks = list(two.load(keys))
+        loaded = [t.data_ptr() - bases[1] for chunk in chunks for t in chunk.tensors.values()]
+        assert loaded == gathered
+        assert [float(chunk.tensors["g0.v"].min()) for chunk in chunks] == [0, 1, 2, 3]
+        del chunks
+
+
+def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
+    tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
+    with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
+        namespace = cache.namespace(model="m", layout=LAYOUT)
+        keys = cache.keys(namespace, list(range(64)))
+
+        def gather(index: int, out: lmcache_core.Tensors) -> None:
+            if index == 2:
+                raise RuntimeError("no")
+
+        with pytest.raises(RuntimeError, match="no"):
+            cache.store(namespace, keys, gather)
+        gc.collect()
+        assert cache.lookup(keys).chunks == 2
+        check(cache._tiers[0]._backend)
+        assert len(RawPool(pool).slots(WHOLE)) == 2
+        assert not RawPool(pool).slots(RESERVED) + RawPool(pool).slots(GONE)
+
+
+def test_the_engine_goes_on_after_its_pool_was_deleted(pool: str) -> None:
+    tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
+    with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
+        namespace = cache.namespace(model="m", layout=LAYOUT)
+        keys = cache.keys(namespace, list(range(64)))
+
+        def gather(index: int, out: lmcache_core.Tensors) -> None:
+            for tensor in out.values():
+                tensor.fill_(index)
+
+        assert cache.store(namespace, keys, gather) == 4
+        chunks = list(cache.load(keys))
+        assert [float(chunk.tensors["g0.k"].max()) for chunk in chunks] == [0, 1, 2, 3]
+        RawPool(pool).path.unlink()
+        assert cache.lookup(keys).chunks == 0
+        end = time.monotonic() + 20
+        while not cache.store(namespace, keys, gather) and time.monotonic() < end:
+            cache.lookup(keys)
+            time.sleep(0.05)
+        assert cache.lookup(keys).chunks == 4
+        del chunks
+
+
+def test_a_stopped_holder_of_the_lock_costs_a_deadline_and_stops_no_lookup(
+    backend: ShmBackend, pool: str
+) -> None:
+    put(backend, 1)
+    program = (
+        "import fcntl, os, sys, time; fd = os.open(sys.argv[1], os.O_RDWR)\n"
+        "fcntl.flock(fd, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(RawPool(pool).path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    holder.send_signal(signal.SIGSTOP)
+    assert backend.contains([key(1), key(2)], 1.0) == [True, False]
+    with pytest.raises(DeadlineExceeded):
+        list(backend.get([key(1)], lambda n: pytest.fail("no buffer"), 0.05))
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert get(backend, 1) == value(1, 5000)
+
+
+def test_a_forked_child_has_no_part_in_its_parents_leases_and_locks(pool: str) -> None:
+    backend = opener(pool, MIB)()
+    put(backend, 1, MIB // 2)
+    view = get(backend, 1)
+    child = os.fork()
+    if child == 0:
+        code = 0
+        try:
+            backend.contains([key(1)], 1.0)
+            code = 1
+        except StorageError:
+            view = None
+            own = opener(pool, MIB)()
+            code = 0 if bytes(get(own, 1)) == value(1, MIB // 2) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    for number in range(2, 6):
+        put(backend, number, MIB // 2)
+    assert view == value(1, MIB // 2)  # the child's copy of the view ended no lease
+    ready, started = os.pipe()
+    sleeper = os.fork()
+    if sleeper == 0:
+        os.write(started, b"x")
+        time.sleep(30)
+        os._exit(0)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(started)
+    del view
+    member = backend._pool._member
+    backend.close()
+    other = opener(pool, MIB)()
+    os.kill(sleeper, signal.SIGKILL)
+    os.waitpid(sleeper, 0)
+    assert other._pool._member == member  # the child kept nobody's place
+    other.close()
+
+
+# Pools that were left
+
+
+def test_list_and_clear(pool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    used, left = opener(pool, MIB)(), opener(f"{pool}.left", MIB)()
+    put(used, 1)
+    left.close()
+    assert main(["list"]) == 0
+    lines = dict(line.split("\t", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines[pool] == "8192 of 1048576 bytes\t1 in use"
+    assert lines[f"{pool}.left"] == "0 of 1048576 bytes\t0 in use"
+    assert main(["clear", f"{pool}.left"]) == 0
+    assert capsys.readouterr().out == f"{pool}.left\tremoved\n"
+    assert RawPool(pool).path.exists()
+    assert main(["clear", pool]) == 0
+    assert not RawPool(pool).path.exists()
+    used.close()
+    assert main(["what"]) == 2
+    assert "clear [POOL...]" in capsys.readouterr().err
+
+
+def test_a_user_that_exits_does_not_take_the_pool_along(backend: ShmBackend, pool: str) -> None:
+    put(backend, 1)
+    program = (
+        "import sys; from lmcache_backends.shm import *\n"
+        "b = ShmBackend(ShmOptions(capacity=256 << 20, pool=sys.argv[1]))\n"
+        "held = [parts for _, parts in b.get(list(s.key for s in b.scan()), None, 1.0)]\n"
+        "assert len(held) == 1"
+    )
+    subprocess.run([sys.executable, "-c", program, pool], check=True)
+    assert get(backend, 1) == value(1, 5000)
+
+
+# Death
+
+
+def run_forked(work: Callable[[], None]) -> int:
+    """The wait status of a child that does `work`, which has to open what it uses."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1]
+
+
+def kill_at(line: int) -> None:
+    """From now on, kill this process at the `line`th line of the backend's code."""
+    left = line
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal left
+        if "lmcache_backends" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+
+
+def dying(pool: str, act: str, line: int) -> None:
+    """One round of a backend's work in a pool of 1 MiB that is full of chunks 0 to 3."""
+    if act == "put":  # then also while it opens
+        kill_at(line)
+    backend = opener(pool, MIB)()
+    if act != "put":
+        kill_at(line)
+    match act:
+        case "put":
+            put(backend, 50, MIB // 3)
+        case "room":
+            room = backend.room(MIB // 3, [key(50)], 1.0)
+            room[:] = value(50, MIB // 3)
+            backend.put([(key(50), [memoryview(b"head"), room])], [key(50)], 1.0)
+        case "get":
+            held = [get(backend, number) for number in range(4)]
+            held.pop()
+        case "delete":
+            backend.delete([key(1), key(2)], 1.0)
+    backend.close()
+    sys.settrace(None)
+
+
+@pytest.mark.parametrize("act", ["put", "room", "get", "delete"])
+def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: str) -> None:
+    survivor = opener(pool, MIB)()
+    head = b"head" if act == "room" else b""
+    expected = {n: value(n, MIB // 4) for n in range(4)} | {50: head + value(50, MIB // 3)}
+    line = 0
+    while True:
+        line += 3 if act == "put" and SECONDS < 60 else 1
+        for number in range(4):
+            put(survivor, number, MIB // 4)
+        if act == "put":  # as if one had died before: then also while it mends that
+            survivor._pool._words[_segment.Word.DIRTY] = 1
+        status = run_forked(lambda: dying(pool, act, line))  # noqa: B023
+        assert status in (0, signal.SIGKILL)
+        began = time.monotonic()
+        for number, right in expected.items():
+            view = get(survivor, number)
+            assert view is None or view == right
+            del view
+        assert put(survivor, 60, MIB) == 1  # all that the dead held can be had
+        assert time.monotonic() - began < 1.0
+        check(survivor)
+        survivor.delete([key(60)], 1.0)
+        if status == 0:
+            break
+    assert line > 30
+    survivor.close()
+
+
+KEYS = 200
+
+
+def sized(number: int) -> bytes:
+    """Chunk `number`'s frame: from 2 to 120 KiB."""
+    return value(number, 2048 + number * 7919 % 120_000)
+
+
+def endure(pool: str, seed: int, progress: Sequence[int]) -> None:
+    """Work until killed: every byte that is read must be right."""
+    chance = random.Random(seed)
+    frames = [sized(number) for number in range(KEYS)]
+    keys = [key(number) for number in range(KEYS)]
+    backend = opener(pool, 4 * MIB)()
+    held: list[tuple[int, memoryview]] = []
+    while True:
+        batch = chance.sample(range(KEYS), 6)
+        wanted = [keys[n] for n in batch]
+        match chance.randrange(8):
+            case 0:
+                backend.put(
+                    [(keys[n], [memoryview(frames[n])[:99], memoryview(frames[n])[99:]]) for n in batch[:2]],
+                    wanted, 5.0,
+                )  # fmt: skip
+            case 1:
+                number = batch[0]
+                room = backend.room(len(frames[number]) - 64, wanted[:1], 5.0)
+                if room is not None:
+                    room[:] = frames[number][64:]
+                    parts = [memoryview(frames[number])[:64], room]
+                    backend.put([(keys[number], parts)], wanted[:1], 5.0)
+                    del parts
+                del room
+            case 2 if chance.random() < 0.2:
+                backend.delete(wanted[:1], 5.0)
+            case 2:
+                backend.touch(wanted, 5.0)
+            case 3 | 4:
+                backend.contains(wanted, 5.0)
+            case _:
+                for i, (view,) in backend.get(wanted, None, 5.0):
+                    held.append((batch[i], view))
+                    del view
+        progress[0] += len(wanted)
+        chance.shuffle(held)
+        while len(held) > chance.randrange(8):  # some are looked at only much later
+            number, view = held.pop()
+            assert view == frames[number], f"chunk {number} is wrong"
+            progress[1] += 1
+            del view
+
+
+@pytest.mark.timeout(SECONDS + 200)
+def test_processes_killed_at_random_harm_nobody(pool: str) -> None:
+    context = multiprocessing.get_context("fork")
+    counts: list[Sequence[int]] = []
+    survivor = opener(pool, 4 * MIB)()
+    chance = random.Random(7)
+
+    def started() -> multiprocessing.Process:
+        counts.append(context.RawArray("q", 2))
+        worker = context.Process(target=endure, args=(pool, len(counts), counts[-1]))
+        worker.start()
+        return worker
+
+    workers = [started() for _ in range(6)]
+    kills = 0
+    end = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < end:
+            time.sleep(chance.uniform(0.0, 0.1))
+            for worker in workers:
+                assert worker.is_alive(), f"exit code {worker.exitcode}: see its traceback"
+            victim = workers.pop(chance.randrange(len(workers)))
+            victim.kill()
+            victim.join()
+            assert victim.exitcode == -signal.SIGKILL
+            victim.close()
+            kills += 1
+            began = time.monotonic()
+            while get(survivor, 10_000 + kills) is None:  # held up, or evicted at once
+                put(survivor, 10_000 + kills, 1000)
+                assert time.monotonic() - began < 1.0
+            workers.append(started())
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+            worker.close()
+    for number in range(KEYS):
+        view = get(survivor, number)
+        assert view is None or view == sized(number)
+        del view
+    assert put(survivor, 20_000, 4 * MIB) == 1  # no page is lost, and no lease of the dead holds
+    check(survivor)
+    survivor.close()
+    operations, checked = (sum(count[n] for count in counts) for n in (0, 1))
+    print(f"\n{kills} kills, {operations:,} operations, {checked:,} chunks read and right")
+    assert kills > SECONDS
+    assert checked > 100 * SECONDS
