@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import remote_memcached
 import remote_redis
+import remote_s3
 from bench_tiers import machine, timed
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +31,8 @@ from rich.table import Table
 from lmcache_core import ChunkKey, StorageBackend, component
 from lmcache_core.memory import HOST
 from tests.backends.redis_servers import redis_server
+from tests.backends.test_memcached import memcached_server
+from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
 from tests.servers import free_port, running
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +89,31 @@ def redis_contest(folder: Path) -> Iterator[Contest]:
         close(backend, bare, stock)
 
 
-CONTESTS = {"redis": redis_contest}
+@contextlib.contextmanager
+def memcached_contest(folder: Path) -> Iterator[Contest]:
+    """One memcached, which takes items as large as the frames."""
+    port = free_port()
+    with running(memcached_server(port, "-I", "64m", "-m", "1500")):
+        backend = opened("memcached", {"url": f"memcached://127.0.0.1:{port}"})
+        bare, stock = remote_memcached.Bare(port), remote_memcached.Stock(port)
+        yield Contest(backend, bare, stock, lambda key: f"lmcache:{key}".encode())
+        close(backend, bare, stock)
+
+
+@contextlib.contextmanager
+def s3_contest(folder: Path) -> Iterator[Contest]:
+    """One SeaweedFS."""
+    with s3_server(folder) as server:
+        login = f"{KEY_ID}:{SECRET.replace('/', '%2F')}"
+        options = {"url": f"s3://{login}@{BUCKET}", "endpoint": server.endpoint}
+        backend = opened("s3", options)
+        bucket = remote_s3.Bucket(server.endpoint, BUCKET, KEY_ID, SECRET)
+        bare, stock = remote_s3.Bare(bucket), remote_s3.Stock(bucket)
+        yield Contest(backend, bare, stock, lambda key: f"lmcache/{str(key)[-3:]}/{key}")
+        close(backend, bare, stock)
+
+
+CONTESTS = {"redis": redis_contest, "memcached": memcached_contest, "s3": s3_contest}
 
 
 def opened(name: str, options: dict[str, Any]) -> StorageBackend:

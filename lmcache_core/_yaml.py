@@ -23,7 +23,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
-        places: dict[KeyPath, str] = {}
+        places: dict[KeyPath, str] = {(): str(path)}
         _walk(node, (), str(path), places)
         data = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:

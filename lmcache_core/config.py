@@ -139,9 +139,8 @@ class _Problems:
 
     def where(self, path: KeyPath) -> str:
         """Such as "cache.yaml:7: tiers[1].capacity"."""
-        known = [path[:n] for n in range(len(path), 0, -1) if path[:n] in self._places]
-        place = f"{self._places[known[0]]}: " if known else ""
-        return place + _text(path)
+        known = [path[:n] for n in range(len(path), -1, -1) if path[:n] in self._places]
+        return ": ".join(filter(None, [self._places[known[0]] if known else "", _text(path)]))
 
     def add(self, path: KeyPath, problem: str) -> None:
         where = self.where(path)

@@ -445,6 +445,8 @@ def _groups(config: VllmConfig, kv: KVCacheConfig, rank: int) -> list[_Group]:
     """The groups of worker `rank`. Raises ConfigError for what cannot be stored."""
     hashed = hash_block_size(config, kv)
     sizes = [group.kv_cache_spec.block_size for group in kv.kv_cache_groups]
+    if len(sizes) > 1:  # vLLM takes no reports of failed blocks for these
+        raise ConfigError("models with several KV cache groups are not supported yet")
     if any(size % hashed for size in sizes):
         raise ConfigError(f"blocks of {sizes} tokens, but hashes of {hashed}")
     return [

@@ -15,7 +15,9 @@ import lmcache_core
 from lmcache_core import Chunk, ChunkKey, Namespace, Tensors
 from lmcache_core.engine import CacheEngine
 from tests.backends.redis_servers import redis_server
+from tests.backends.test_memcached import memcached_server
 from tests.core.conftest import gather, is_right, layout, namespace  # noqa: F401
+from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
 from tests.servers import PATIENCE, Proxy, Server, free_port, running
 
 CHUNKS = 12
@@ -42,7 +44,23 @@ def redis_store(folder: Path) -> Iterator[Store]:
         yield Store(server, proxy, {"backend": "redis", "url": f"redis://127.0.0.1:{proxy.port}"})
 
 
-@pytest.fixture(params=[redis_store], ids=["redis"])
+@contextlib.contextmanager
+def memcached_store(folder: Path) -> Iterator[Store]:
+    port = free_port()
+    with running(memcached_server(port)) as server, Proxy(port) as proxy:
+        url = f"memcached://127.0.0.1:{proxy.port}"
+        yield Store(server, proxy, {"backend": "memcached", "url": url})
+
+
+@contextlib.contextmanager
+def s3_store(folder: Path) -> Iterator[Store]:
+    with s3_server(folder) as server, Proxy(server.port) as proxy:
+        url = f"s3://{KEY_ID}:{SECRET.replace('/', '%2F')}@{BUCKET}"
+        tier = {"backend": "s3", "url": url, "endpoint": f"http://127.0.0.1:{proxy.port}"}
+        yield Store(server, proxy, tier)
+
+
+@pytest.fixture(params=[redis_store, memcached_store, s3_store], ids=["redis", "memcached", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     with request.param(tmp_path) as store:
         yield store

@@ -17,7 +17,7 @@ from lmcache_core.chain import SerdeChain
 from lmcache_core.keys import FRAME_VERSION
 
 FOLDER = Path(__file__).parent / "golden"
-os.environ["LMCACHE_GOLDEN_KEY"] = "a5" * 32
+os.environ["GOLDEN_KEY"] = "a5" * 32
 CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "raw": [("raw", {})],
     "safetensors": [("safetensors", {})],
@@ -31,7 +31,7 @@ CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "fp8": [("fp8", {"exact_layers": (1,)})],
     "int4": [("int4", {"group": 2}), ("safetensors", {})],
     "coded": [("coded", {"step": 0.1}), ("zstd", {})],
-    "encrypt": [("zstd", {}), ("encrypt", {"key_env": "LMCACHE_GOLDEN_KEY"})],
+    "encrypt": [("zstd", {}), ("encrypt", {"key_env": "GOLDEN_KEY"})],
 }
 LOSSY = {"int8": 0.05, "fp8": 0.25, "int4": 0.25, "coded": 0.25}
 """How far off the numbers of a chain may be; 0 for the others."""
