@@ -73,9 +73,10 @@ class Wire:
     """A connected stream socket.
 
     Payloads are read straight into their destination and written from where they lie; short
-    replies go through a buffer. Nothing waits for longer than the patience that `begin` sets,
-    which grows with what moves. Raises TimeoutError when it ends, StorageError when the other
-    side closes or says what it should not, OSError for the rest.
+    replies go through a buffer. Silence lasts no longer than the patience that `begin` sets, and
+    a trickle no longer than twice that; the patience grows with what moves. Raises TimeoutError
+    when it ends, StorageError when the other side closes or says what it should not, OSError for
+    the rest.
     """
 
     def __init__(self, sock: socket.socket, address: Address) -> None:
@@ -90,6 +91,7 @@ class Wire:
         """From now on, wait for at most `timeout` seconds, and longer only for what moves."""
         self._patience = timeout
         self._deadline = time.monotonic() + timeout
+        self._sock.settimeout(timeout)  # once: it costs a system call
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Write buffers that follow each other, without joining them."""
@@ -167,15 +169,15 @@ class Wire:
 
     def _move(self, step: Callable[..., int], what: object) -> int:
         """How many bytes one system call moved; the patience grows with them."""
-        left = self._deadline - time.monotonic()
-        if left > 0:
-            self._sock.settimeout(left)
-            with contextlib.suppress(TimeoutError):
-                moved = step(what)
-                latest = time.monotonic() + self._patience
-                self._deadline = min(latest, self._deadline + moved / SLOWEST)
-                return moved
-        raise TimeoutError(f"no answer within {self._patience:.3g} s")
+        try:
+            moved = step(what)
+            now = time.monotonic()
+        except TimeoutError:
+            now, moved = self._deadline + 1.0, 0
+        if now > self._deadline:
+            raise TimeoutError(f"no answer within {self._patience:.3g} s")
+        self._deadline = min(now + self._patience, self._deadline + moved / SLOWEST)
+        return moved
 
 
 W = TypeVar("W", bound=Wire)
