@@ -69,6 +69,7 @@ class Server:
     def freeze(self) -> None:
         """Stop it in the middle of whatever it does; the kernel goes on accepting for it."""
         os.kill(self._process.pid, signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until all its threads stand still
 
     def thaw(self) -> None:
         """Let it go on."""
