@@ -5,7 +5,7 @@ from lmcache_core.components import component, known
 from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig
 from lmcache_core.config import load as load_config
 from lmcache_core.connector import Connector
-from lmcache_core.engine import CacheEngine, Hit, open
+from lmcache_core.engine import CacheEngine, Hit, TierInfo, open
 from lmcache_core.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -66,6 +66,7 @@ __all__ = [
     "TensorsToBytes",
     "TensorsToTensors",
     "TierConfig",
+    "TierInfo",
     "TokenIds",
     "UnknownComponent",
     "Workers",

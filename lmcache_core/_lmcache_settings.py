@@ -23,6 +23,7 @@ _KEYS = {
     "max_local_disk_size",
     "remote_url",
     "remote_serde",
+    "strict",
     "use_local",
     "use_remote",
 }
@@ -56,7 +57,7 @@ Data = tuple[dict[str, Any], dict[KeyPath, str]]
 
 def is_lmcache(data: Mapping[str, Any]) -> bool:
     """Whether a file holds LMCache's keys rather than ours."""
-    return "tiers" not in data and bool((_KEYS - {"chunk_size"}) & set(data))
+    return "tiers" not in data and bool((_KEYS - {"chunk_size", "strict"}) & set(data))
 
 
 def from_environment(environment: Mapping[str, str]) -> Data:
@@ -106,6 +107,8 @@ def translate(data: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Data:
     if not settings.tiers:
         raise ConfigError(_NOTHING)
     config: dict[str, Any] = {"tiers": settings.tiers}
+    if "strict" in data:
+        config["strict"] = settings.boolean("strict", default=False)
     if "chunk_size" in data:
         config["chunk_size"] = settings.integer("chunk_size")
     return config, settings.ours

@@ -57,6 +57,7 @@ class _TierFields(_Model):
 
 class _ConfigFields(_Model):
     chunk_size: int = Field(default=256, ge=1, strict=True)
+    strict: bool = Field(default=False, strict=True)
     tiers: list[Any] = Field(min_length=1)
 
 
@@ -96,7 +97,12 @@ class TierConfig(_TierFields):
 
 
 class Config(_ConfigFields):
-    """All tiers, the fastest first, and the number of tokens in a chunk."""
+    """All tiers, the fastest first.
+
+    chunk_size: tokens in a chunk.
+    strict: what makes reuse impossible, such as a store that does not answer, is an error at start
+        rather than a log line.
+    """
 
     tiers: tuple[TierConfig, ...]  # type: ignore[assignment]
 
@@ -212,8 +218,8 @@ def _fields(data: Any, places: Mapping[KeyPath, str]) -> dict[str, Any]:
             if built is not None:
                 tiers.append(built)
         _refuse_shared_stores(tiers, problems)
-    size = top.chunk_size if top else 0
-    return {"chunk_size": size, "tiers": tuple(_named_apart(tiers))}
+    own = top.model_dump(exclude={"tiers"}) if top else {}
+    return {**own, "tiers": tuple(_named_apart(tiers))}
 
 
 def _mapping(data: Any, path: KeyPath, problems: _Problems) -> dict[str, Any]:

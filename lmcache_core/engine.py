@@ -46,6 +46,14 @@ class Hit(NamedTuple):
         return Hit(self.keys[:chunks], self.tiers[:chunks])
 
 
+class TierInfo(NamedTuple):
+    """A tier, for those who look at a Hit."""
+
+    name: str
+    in_memory: bool
+    """Whether loading from it takes no longer than copying memory."""
+
+
 class CacheEngine:
     """Tiers of stored KV, fastest first. Thread-safe; a context manager.
 
@@ -61,7 +69,7 @@ class CacheEngine:
         self._close = weakref.finalize(self, _close, self._tiers)
         try:
             for tier in config.tiers:
-                self._tiers.append(_open_tier(tier, self._observers))
+                self._tiers.append(_open_tier(tier, self._observers, config.strict))
         except BaseException:
             self.close()
             raise
@@ -102,6 +110,22 @@ class CacheEngine:
         end = where.index(None) if None in where else len(keys)
         self._count_misses(keys[end:], where[end:], failed)
         return Hit(tuple(keys), tuple(n for n in where[:end] if n is not None))
+
+    def locate(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        """For each of `keys`, which need not be one sequence, the number of the fastest tier that
+        has it. For engines that make a Hit of their own; only a tier that fails counts misses.
+
+        Takes at most one deadline for each tier that does not answer.
+        """
+        where, failed = self._find(keys)
+        if failed[1]:
+            self._count_misses(keys, where, failed)
+        return where
+
+    @property
+    def tiers(self) -> tuple[TierInfo, ...]:
+        """What a tier's number stands for."""
+        return tuple(TierInfo(tier.name, tier.in_memory) for tier in self._tiers)
 
     def _find(
         self, keys: Sequence[ChunkKey], first: int = 0
@@ -347,12 +371,20 @@ def _gather(
     return Chunk(key, namespace, index, tokens, tensors)
 
 
-def _open_tier(config: TierConfig, observers: Observers) -> Tier:
+def _open_tier(config: TierConfig, observers: Observers, strict: bool) -> Tier:
     try:
         backend = component("backends", config.backend)(config.options)
     except ConfigError as error:
         raise ConfigError(f"{config.where}: {error}") from error
-    return Tier(config, backend, observers)
+    tier = Tier(config, backend, observers)
+    try:
+        if strict:
+            tier.ping()
+    except Exception as error:  # whatever the store's client raises
+        tier.close(0.0)
+        cause = str(error) or repr(error)
+        raise ConfigError(f"{config.where}: does not answer: {cause}") from error
+    return tier
 
 
 def _close(tiers: list[Tier]) -> None:

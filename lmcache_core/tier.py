@@ -64,8 +64,8 @@ class Tier:
         self._chain = SerdeChain([serde.create() for serde in config.serde])
         self._deadline = config.deadline
         self._observers = observers
-        self._reads = Breaker(f"{self.name} reads", self._ping, self._state_changed("reads"))
-        self._writes = Breaker(f"{self.name} writes", self._ping, self._state_changed("writes"))
+        self._reads = Breaker(f"{self.name} reads", self.ping, self._state_changed("reads"))
+        self._writes = Breaker(f"{self.name} writes", self.ping, self._state_changed("writes"))
         self._workers = Workers(f"lmcache-{self.name}", THREADS)
         self._encoders = Workers(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
@@ -311,7 +311,8 @@ class Tier:
         breaker.failed(f"{operation}: {cause}", at_once=late)
         return "deadline" if late else "error"
 
-    def _ping(self) -> None:
+    def ping(self) -> None:
+        """Return if the store answers; else raise what it raises, or DeadlineExceeded."""
         self._call(lambda: self._backend.ping(self._deadline))
 
     def _state_changed(self, path: str) -> Callable[[str, str], None]:

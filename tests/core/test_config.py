@@ -92,7 +92,7 @@ MISTAKES = {
          "cache.yaml:3: tiers[0].capacity: required, but not there"]),
     "misspelt top key": (
         "chunk_size: 128", "chunksize: 128",
-        ["cache.yaml:1: chunksize: unknown key, did you mean 'chunk_size'? Known: chunk_size, tiers"]),
+        ["cache.yaml:1: chunksize: unknown key, did you mean 'chunk_size'? Known: chunk_size, strict, tiers"]),
     "wrong size": (
         "capacity: 8GiB", "capacity: lots",
         ["cache.yaml:4: tiers[0].capacity: expected a size such as 8GiB", "found 'lots'"]),

@@ -23,6 +23,7 @@ from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, frame
 from lmcache_core.engine import CacheEngine
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
+from tests.servers import free_port
 
 SIZE = 4
 CHUNK_BYTES = 64 * SIZE
@@ -130,6 +131,20 @@ def test_a_prefix_over_the_union_of_tiers_counts(
         chunk_file(tmp_path, keys[2]).unlink()
         assert cache.lookup(keys).tiers == (0, 1, 0)
         assert loaded(cache, keys, is_right) == 3
+
+
+def test_locate_tells_of_each_chunk_where_it_is(
+    namespace: Namespace, gather: Gather, tmp_path: Path
+) -> None:
+    keys = sequence(namespace, 5)
+    with opened(disk(tmp_path)) as cache:
+        cache.store(namespace, keys[:4], gather)
+    with opened(memory(), disk(tmp_path)) as cache:
+        for _ in cache.load(keys[:2]):
+            pass
+        assert cache.locate([keys[4], keys[3], keys[0]]) == [None, 1, 0]
+        assert missed(cache) == {}  # nobody wanted them yet
+        assert [tier.in_memory for tier in cache.tiers] == [True, False]
 
 
 def test_write_behind_is_readable_before_it_is_written(
@@ -713,3 +728,12 @@ def test_a_chunk_that_cannot_be_encoded_fails_its_batch_and_stops_nothing(
         assert cache._tiers[0]._write(chunks, keys) == 0
         monkeypatch.setattr(frame, "encode", encode)
         assert cache._tiers[0]._write(chunks, keys) == 4
+
+
+def test_a_strict_config_wants_stores_that_answer(tmp_path: Path) -> None:
+    port = free_port()
+    tiers = [disk(tmp_path), {"backend": "redis", "url": f"redis://127.0.0.1:{port}"}]
+    with lmcache_core.open({"tiers": tiers}) as cache:
+        assert cache.lookup([]).chunks == 0
+    with pytest.raises(ConfigError, match=rf"tiers\[1\]: does not answer: .*{port}"):
+        lmcache_core.open({"tiers": tiers, "strict": True})

@@ -49,6 +49,11 @@ def test_the_environment_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert config.tiers[1].options.path == tmp_path
 
 
+def test_strict_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not environment(monkeypatch, LOCAL_CPU="1").strict
+    assert environment(monkeypatch, STRICT="1").strict
+
+
 @pytest.mark.parametrize("value", ["True", "true", "yes", "on", "1", "YES"])
 def test_every_way_to_say_yes_means_yes(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     assert tiers(environment(monkeypatch, LOCAL_CPU=value)) == [("local_cpu", 5 << 30)]
