@@ -2,7 +2,7 @@
 
 from lmcache_core.backend import Allocate, Options, Parts, StorageBackend, Stored
 from lmcache_core.components import component, known
-from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig
+from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig, asks_strict
 from lmcache_core.config import load as load_config
 from lmcache_core.connector import Connector
 from lmcache_core.engine import CacheEngine, Hit, TierInfo, open
@@ -28,7 +28,7 @@ from lmcache_core.layout import (
     copy_exact,
     views,
 )
-from lmcache_core.memory import pin, scratch
+from lmcache_core.memory import own_stream, pin, point, scratch
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 from lmcache_core.workers import Workers
 
@@ -70,6 +70,7 @@ __all__ = [
     "TokenIds",
     "UnknownComponent",
     "Workers",
+    "asks_strict",
     "byte_view",
     "component",
     "copy_exact",
@@ -77,7 +78,9 @@ __all__ = [
     "known",
     "load_config",
     "open",
+    "own_stream",
     "pin",
+    "point",
     "scratch",
     "tenant_digest",
     "views",

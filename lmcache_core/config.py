@@ -30,7 +30,7 @@ from lmcache_core.components import component
 from lmcache_core.errors import ConfigError
 from lmcache_core.serde import Serde
 
-__all__ = ["Config", "Duration", "SerdeConfig", "Size", "TierConfig", "load"]
+__all__ = ["Config", "Duration", "SerdeConfig", "Size", "TierConfig", "asks_strict", "load"]
 
 M = TypeVar("M", bound=BaseModel)
 _SECRET = re.compile(r"pass|secret|token|credential|salt|(^|_)key($|_)", re.IGNORECASE)
@@ -134,6 +134,17 @@ def load(source: str | Path | Mapping[str, Any] | Config | None = None) -> Confi
         if _lmcache_settings.is_lmcache(data):
             data, places = _lmcache_settings.translate(data, places)
     return Config(**_fields(data, places))
+
+
+def asks_strict(source: str | Path | None = None) -> bool:
+    """Whether a YAML file, or (None) the environment, says `strict`, be it wrong in all else."""
+    file = source or os.environ.get("LMCACHE_CONFIG_FILE")
+    try:
+        data, _ = _yaml.read(Path(file)) if file else ({}, {})
+    except ConfigError:
+        data = {}
+    value = os.environ.get("LMCACHE_STRICT", "") if source is None else ""
+    return data.get("strict") is True or value.strip().lower() in ("1", "true", "yes", "on")
 
 
 class _Problems:

@@ -50,6 +50,7 @@ class TierInfo(NamedTuple):
     """A tier, for those who look at a Hit."""
 
     name: str
+    backend: str
     in_memory: bool
     """Whether loading from it takes no longer than copying memory."""
 
@@ -125,7 +126,10 @@ class CacheEngine:
     @property
     def tiers(self) -> tuple[TierInfo, ...]:
         """What a tier's number stands for."""
-        return tuple(TierInfo(tier.name, tier.in_memory) for tier in self._tiers)
+        return tuple(
+            TierInfo(tier.name, config.backend, tier.in_memory)
+            for tier, config in zip(self._tiers, self._config.tiers, strict=False)
+        )
 
     def _find(
         self, keys: Sequence[ChunkKey], first: int = 0

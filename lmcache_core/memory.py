@@ -13,7 +13,8 @@ import mmap
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -107,6 +108,30 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
     if nbytes == 0:
         return torch.empty(*shape, dtype=dtype)
     return torch.frombuffer(HOST.allocate(nbytes), dtype=dtype).view(*shape)
+
+
+def point(device: torch.device) -> torch.cuda.Event | None:
+    """What this thread has asked of an accelerator so far, for `own_stream` to wait for."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextmanager
+def own_stream(device: torch.device, after: torch.cuda.Event | None = None) -> Iterator[None]:
+    """Copy to and from `device` beside what else runs there; at the end the copies are done.
+
+    They begin after the `point` that is given. On the host this is nothing.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    if after is not None:
+        stream.wait_event(after)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:

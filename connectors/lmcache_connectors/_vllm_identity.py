@@ -1,4 +1,4 @@
-"""Who vLLM's KV belongs to: one Namespace for each KV cache group of each worker.
+"""How vLLM's KV is cut, and who it belongs to: a Namespace for each KV cache group of a worker.
 
 vLLM's block hashes stand for the tokens before a block's end, its multimodal inputs, prompt
 embeddings, LoRA name and cache salt. They do not stand for the model, its weights, its
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,49 +21,98 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
-from lmcache_core import ConfigError, KVLayout, LayerGroup, Namespace
+from lmcache_connectors._vllm_chunks import Group
+from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
 
+SMALL = 512 << 10
+"""Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
+within a chunk reuses nothing of that chunk, so chunks stay small."""
 _SAMPLE = 1 << 20
 """Bytes of each weights file that its fingerprint reads at the begin, middle and end."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
 
-def namespaces(config: VllmConfig, kv: KVCacheConfig, rank: int) -> list[Namespace]:
-    """A Namespace for each KV cache group, in vLLM's order, as worker `rank` has it.
+class Shape:
+    """How vLLM's KV is cut into chunks, and whose they are."""
 
-    Raises ConfigError for what cannot be stored: state-space models, caches that are split by
-    pipeline stage or context.
-    """
-    parallel, model = config.parallel_config, config.model_config
-    if parallel.pipeline_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
-        raise ConfigError("pipeline and decode context parallelism are not supported")
-    return [
-        Namespace(
+    def __init__(self, config: VllmConfig, kv: KVCacheConfig, engine: CacheEngine) -> None:
+        """Raises ConfigError for what cannot be stored: state-space models, caches that are split
+        by pipeline stage or context."""
+        parallel = config.parallel_config
+        if parallel.pipeline_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
+            raise ConfigError("pipeline and decode context parallelism are not supported")
+        self._config, self._kv, self._engine = config, kv, engine
+        self.hashed = hash_block_size(config, kv)
+        """Tokens that one of vLLM's block hashes stands for."""
+        self.unit = _unit(kv)
+        """Tokens that every group has in whole blocks; what a hit is a multiple of."""
+        self.chunk = engine.chunk_size
+        """Tokens of a chunk; a multiple of `unit`."""
+        if any(group.kv_cache_spec.block_size % self.hashed for group in kv.kv_cache_groups):
+            raise ConfigError(f"blocks that are no multiple of {self.hashed} tokens, vLLM's hashes")
+
+    @property
+    def bytes_per_chunk(self) -> int:
+        """Of one worker, over all groups."""
+        return _bytes_per_token(self._kv) * self.chunk
+
+    def groups(self, rank: int) -> list[Group]:
+        """The KV cache groups of worker `rank`, in vLLM's order."""
+        return [self._group(each, rank) for each in self._kv.kv_cache_groups]
+
+    def _group(self, group: Any, rank: int) -> Group:
+        config, kv, spec = self._config, self._kv, group.kv_cache_spec
+        model = config.model_config
+        window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+        namespace = self._engine.namespace(
             model=_model_name(model.model),
             weights=_weights(config),
             revision=str(model.revision or ""),
-            layout=KVLayout(groups=(_layer_group(group.layer_names, group.kv_cache_spec),)),
+            layout=KVLayout(groups=(_layer_group(group.layer_names, spec),)),
             rank=rank,
-            world=parallel.tensor_parallel_size,
+            world=config.parallel_config.tensor_parallel_size,
             positions=_digest(_hf_config(model.hf_config)),
-            memory_format=_memory_format(config, kv, group.kv_cache_spec),
+            memory_format=_memory_format(config, kv, spec),
             extra={
-                "group": _digest([group.layer_names, repr(group.kv_cache_spec)]),
+                "group": _digest([group.layer_names, repr(spec)]),
                 "hashes": _hashes(config, kv),
+                "chunk": str(self.chunk),
                 "quantization": f"{model.quantization} {model.dtype}",
                 "cache": f"{config.cache_config.cache_dtype}",
                 "overrides": _digest(repr(model.hf_overrides)),
             },
         )
+        return Group(namespace, spec.block_size, window)
+
+
+def chunk_tokens(kv: KVCacheConfig, most: int) -> int:
+    """Tokens of a chunk: of one block, or of more where a block is small; `most` if that is more
+    than a block. Layers with a window keep only the last blocks, so theirs stay alone."""
+    unit = chunk = _unit(kv)
+    if any(isinstance(group.kv_cache_spec, SlidingWindowSpec) for group in kv.kv_cache_groups):
+        return unit
+    while 2 * chunk <= most and 2 * chunk * _bytes_per_token(kv) <= SMALL:
+        chunk *= 2
+    return chunk
+
+
+def _unit(kv: KVCacheConfig) -> int:
+    return math.lcm(*(group.kv_cache_spec.block_size for group in kv.kv_cache_groups))
+
+
+def _bytes_per_token(kv: KVCacheConfig) -> int:
+    return sum(
+        len(group.layer_names)
+        * group.kv_cache_spec.page_size_bytes
+        // group.kv_cache_spec.block_size
         for group in kv.kv_cache_groups
-    ]
+    )
 
 
 def adapter(lora: Any) -> str:
@@ -83,7 +133,6 @@ def _layer_group(names: Sequence[str], spec: Any) -> LayerGroup:
     """A block's bytes as vLLM packs them: for each layer [kv_heads, tokens, bytes of both]."""
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
         raise ConfigError(f"KV of the kind {type(spec).__name__} is not supported")
-    assert isinstance(spec, AttentionSpec)
     heads = spec.num_kv_heads
     itemsize = torch.empty(0, dtype=spec.dtype).element_size()
     width, rest = divmod(spec.page_size_bytes, heads * spec.block_size * itemsize)

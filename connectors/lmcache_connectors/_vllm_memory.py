@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact
+from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, point
 
 
 class GroupMemory:
@@ -20,7 +20,7 @@ class GroupMemory:
 
     def __init__(self, layers: Sequence[torch.Tensor], group: LayerGroup, tokens: int) -> None:
         """Raises ConfigError where the memory is not what the group says."""
-        self._layers = list(layers)
+        self._layers, self._tokens = list(layers), tokens
         expected = (group.kv_heads, tokens, group.key_dim)
         for layer in self._layers:
             if tuple(layer.shape[1:]) != expected or str(layer.dtype) != f"torch.{group.dtype}":
@@ -29,24 +29,49 @@ class GroupMemory:
                     f"{layer.dtype} {list(layer.shape[1:])}"
                 )
         self._joined = _joined(self._layers)
+        self._places: dict[int, int] = {}
+        """Where blocks are whose number says it no more."""
+        self.ready: torch.cuda.Event | None = None
+        """When the blocks are there; None for now."""
 
-    def gather(self, block: int, out: Tensors) -> None:
-        """Copy a block of every layer into `out`: g0.k, [layers, kv_heads, tokens, width]."""
-        target = out["g0.k"]
-        if self._joined is not None:
-            copy_exact(target, self._joined[:, block])
-            return
-        for number, layer in enumerate(self._layers):
-            copy_exact(target[number], layer[block])
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are."""
+        return self._layers[0].device
 
-    def scatter(self, block: int, tensors: Tensors) -> None:
-        """Copy a block into every layer."""
-        source = tensors["g0.k"]
+    def gather(self, blocks: Sequence[int], out: Tensors) -> None:
+        """Copy blocks of every layer into `out`: g0.k, [layers, kv_heads, tokens, width]."""
+        for n, place in enumerate(blocks):
+            block = self._places.get(place, place)
+            target = self._part(out, n)
+            if self._joined is not None:
+                copy_exact(target, self._joined[:, block])
+                continue
+            for number, layer in enumerate(self._layers):
+                copy_exact(target[number], layer[block])
+
+    def scatter(self, block: int, tensors: Tensors, n: int) -> None:
+        """Copy the n-th block of a chunk into every layer."""
+        source = self._part(tensors, n)
         if self._joined is not None:
             copy_exact(self._joined[:, block], source)
             return
         for number, layer in enumerate(self._layers):
             copy_exact(layer[block], source[number])
+
+    def staged(self, blocks: Sequence[int]) -> GroupMemory:
+        """These blocks, copied on the device as they are at this point of its work."""
+        copy = GroupMemory.__new__(GroupMemory)
+        index = torch.tensor(blocks, device=self.device)
+        copy._layers = [layer.index_select(0, index) for layer in self._layers]
+        copy._tokens, copy._joined = self._tokens, None
+        copy._places = {block: n for n, block in enumerate(blocks)}
+        copy.ready = point(self.device)
+        return copy
+
+    def _part(self, tensors: Tensors, n: int) -> torch.Tensor:
+        """The n-th block of a chunk."""
+        return tensors["g0.k"][:, :, n * self._tokens : (n + 1) * self._tokens]
 
     def prove(self) -> None:
         """Put a pattern through this very path, look at the memory from outside, and restore it.
@@ -61,12 +86,12 @@ class GroupMemory:
         around = [layer[b].clone() for layer in self._layers for b in others if b != block]
         pattern = _pattern(shape, self._layers[0])
         try:
-            self.scatter(block, {"g0.k": pattern})
+            self.scatter(block, {"g0.k": pattern}, 0)
             there = all(
                 _same(layer[block], part) for layer, part in zip(self._layers, pattern, strict=True)
             )
             back = torch.empty_like(pattern)
-            self.gather(block, {"g0.k": back})
+            self.gather([block], {"g0.k": back})
             after = [layer[b] for layer in self._layers for b in others if b != block]
             still = all(_same(a, b) for a, b in zip(around, after, strict=True))
             if not (there and still and _same(back, pattern)):

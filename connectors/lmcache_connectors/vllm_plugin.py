@@ -11,12 +11,13 @@ import logging
 import os
 from typing import Any
 
-from lmcache_core import ConfigError, load_config
+from lmcache_connectors import _vllm_weights
+from lmcache_core import ConfigError, asks_strict, load_config
 
 NAME = "LmcacheCoreConnector"
 MODULE = "lmcache_connectors.vllm"
 
-log = logging.getLogger("lmcache_core.vllm")
+log = logging.getLogger("vllm.lmcache_core")
 
 
 def register() -> None:
@@ -26,6 +27,7 @@ def register() -> None:
 
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, MODULE, NAME)
+    _vllm_weights.watch()
     create = EngineArgs.create_engine_config
     if not hasattr(create, "lmcache_core"):
         EngineArgs.create_engine_config = _with_default(create)
@@ -55,6 +57,8 @@ def _is_configured() -> bool:
     try:
         load_config()
     except ConfigError as error:
+        if asks_strict():
+            raise
         log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
         return False
     return True

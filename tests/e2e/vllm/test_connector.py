@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from lmcache_connectors.vllm import LmcacheCoreConnector
 from tests.backends.redis_servers import redis_server
@@ -44,11 +45,11 @@ def worker(llm: Any) -> LmcacheCoreConnector:
 
 
 def stats(llm: Any) -> dict[tuple[str, ...], int]:
-    return connector(llm)._scheduler._cache.stats()
+    return connector(llm)._scheduler._cache.engine.stats()
 
 
 def flush(llm: Any) -> None:
-    assert worker(llm)._worker._cache.flush(20)
+    assert worker(llm)._worker.flush(20)
 
 
 def forget(llm: Any) -> None:
@@ -59,7 +60,8 @@ def forget(llm: Any) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> dict[str, Any]:
-    return {"tiers": [{"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}]}
+    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
+    return {"chunk_size": BLOCK, "tiers": [tier]}
 
 
 @pytest.fixture
@@ -67,10 +69,10 @@ def redis(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Server]]:
     port = free_port()
     with running(redis_server(tmp_path, port)) as server:
         tier = {"backend": "redis", "url": f"redis://127.0.0.1:{port}", "deadline": "300ms"}
-        yield {"tiers": [tier]}, server
+        yield {"chunk_size": BLOCK, "tiers": [tier]}, server
 
 
-MODELS = pytest.mark.parametrize("name", ["llama"])
+MODELS = pytest.mark.parametrize("name", ["llama", "gemma"])
 
 
 @pytest.fixture
@@ -176,9 +178,19 @@ def test_prefill_in_portions(model: Path, disk: dict[str, Any]) -> None:
         assert all(reused == 699 // BLOCK * BLOCK for _, reused in warm)
 
 
-@MODELS
-def test_requests_that_are_preempted(model: Path, disk: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "blocks"), [("llama", 30), ("gemma", 64)])
+def test_requests_that_are_preempted(
+    model: Path, blocks: int, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Too few blocks for all: vLLM takes some back and begins these requests anew."""
+    preempted: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def noted(self: Scheduler, request: Any, *args: Any, **more: Any) -> None:
+        preempted.append(request.request_id)
+        preempt(self, request, *args, **more)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
     prompts = [prompt(200, seed) for seed in range(6)]
     long = SamplingParams(temperature=0, max_tokens=90, detokenize=False, ignore_eos=True)
 
@@ -188,11 +200,13 @@ def test_requests_that_are_preempted(model: Path, disk: dict[str, Any]) -> None:
 
     with engine(model) as llm:
         plain = run(llm)
-    with engine(model, disk, num_gpu_blocks_override=30, max_model_len=320) as llm:
+    assert not preempted
+    with engine(model, disk, num_gpu_blocks_override=blocks, max_model_len=320) as llm:
         assert run(llm) == plain
         assert run(llm) == plain
         forget(llm)
         assert run(llm) == plain
+    assert preempted
 
 
 def test_many_requests_that_share_documents(llama: Path, disk: dict[str, Any]) -> None:
@@ -337,16 +351,3 @@ def test_a_config_that_cannot_be_serves_without_a_cache_or_is_an_error_if_strict
     assert "lmcache-core is off" in caplog.text
     with pytest.raises(Exception, match=r"tiers|tires|no.such"), contextlib.ExitStack() as stack:
         stack.enter_context(engine(llama, {**extra, "strict": True}))
-
-
-def test_a_model_of_several_kinds_of_layers_is_served_without_a_cache(
-    gemma: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    ids = prompt(200)
-    with engine(gemma) as llm:
-        plain = answers(llm, ids)
-    with engine(gemma, disk) as llm:
-        assert answers(llm, ids) == plain
-        assert llm.reset_prefix_cache()
-        assert answers(llm, ids) == plain
-    assert "several KV cache groups" in caplog.text

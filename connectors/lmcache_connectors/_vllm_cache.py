@@ -1,0 +1,120 @@
+"""The CacheEngine of a vLLM process: its config, and what it counted since somebody last asked.
+
+The scheduler's side and a worker are in one process or in several, as vLLM likes. In one they
+share an engine. In several a tier in private memory would be a different one for each, so such a
+tier becomes a pool in shared memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+import lmcache_core
+from lmcache_connectors._vllm_identity import chunk_tokens
+from lmcache_core import Config, ConfigError, TierConfig, asks_strict
+
+
+class Cache:
+    """An engine that both sides may hold."""
+
+    def __init__(self, config: Config) -> None:
+        self.engine = lmcache_core.open(config)
+        self.config = config
+        self.counts: Counter[str] = Counter()
+        """What the connector counts itself; see `_vllm_stats.py`."""
+        self._told: dict[tuple[str, ...], int] = {}
+        self._lock = threading.Lock()
+
+    def count(self, name: str, amount: float, *labels: str) -> None:
+        """Add to a counter of the connector's own."""
+        with self._lock:
+            self.counts["|".join((name, *labels))] += amount  # type: ignore[assignment]
+
+    def news(self) -> dict[str, float]:
+        """What was counted since the last call, by whichever side: "name|label|label"."""
+        with self._lock:
+            news, self.counts = dict(self.counts), Counter()
+            stats = self.engine.stats()
+            for labels, n in stats.items():
+                if n != self._told.get(labels, 0):
+                    news["|".join(labels)] = n - self._told.get(labels, 0)
+            self._told = stats
+        return news
+
+
+class _Caches:
+    """One for each config in this process."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[Cache, int]] = {}
+        self._lock = threading.Lock()
+
+    def acquire(self, config: Config) -> Cache:
+        name = repr((config, [tier.options for tier in config.tiers]))
+        with self._lock:
+            cache, users = self._open.get(name) or (Cache(config), 0)
+            self._open[name] = cache, users + 1
+        return cache
+
+    def release(self, cache: Cache) -> None:
+        with self._lock:
+            name, users = next((n, u) for n, (each, u) in self._open.items() if each is cache)
+            if users > 1:
+                self._open[name] = cache, users - 1
+                return
+            del self._open[name]
+        cache.engine.close()
+
+
+_CACHES = _Caches()
+
+
+def acquire(config: VllmConfig, kv: KVCacheConfig) -> Cache:
+    """The cache that extra_config or the environment describes, for chunks of vLLM's blocks.
+
+    Raises ConfigError.
+    """
+    ours = lmcache_core.load_config(_source(config))
+    tiers = ours.tiers if _one_process(config) else tuple(map(_shared, ours.tiers))
+    chunk = chunk_tokens(kv, ours.chunk_size)
+    return _CACHES.acquire(ours.model_copy(update={"tiers": tiers, "chunk_size": chunk}))
+
+
+def release(cache: Cache) -> None:
+    """Close it after its last user."""
+    _CACHES.release(cache)
+
+
+def is_strict(config: VllmConfig) -> bool:
+    """Whether what makes reuse impossible shall stop vLLM."""
+    extra = config.kv_transfer_config.kv_connector_extra_config
+    return bool(extra.get("strict")) or asks_strict(extra.get("config_file"))
+
+
+def _source(config: VllmConfig) -> Any:
+    extra = dict(config.kv_transfer_config.kv_connector_extra_config)
+    file = extra.pop("config_file", None)
+    own = set(extra) - {"strict"}
+    if file and own:
+        raise ConfigError("kv_connector_extra_config: expected either config_file or its keys")
+    return file or (extra if own else None)
+
+
+def _one_process(config: VllmConfig) -> bool:
+    return config.parallel_config.distributed_executor_backend == "uni"
+
+
+def _shared(tier: TierConfig) -> TierConfig:
+    """The tier, or in place of private memory a pool that is known by its size."""
+    if tier.backend != "local_cpu":
+        return tier
+    capacity = tier.options.capacity
+    return TierConfig(
+        backend="shm", name=tier.name, capacity=capacity, pool=f"vllm-{capacity}",
+        serde=tier.serde, deadline=tier.deadline, where=tier.where,
+    )  # fmt: skip

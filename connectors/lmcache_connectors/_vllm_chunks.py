@@ -1,0 +1,110 @@
+"""Chunks of vLLM's blocks: what the scheduler's side and the workers have to agree on.
+
+A chunk is one or more neighbouring blocks of one KV cache group, [chunk * n, chunk * (n + 1))
+tokens; the last one of a prefix may be shorter. Its key is made of vLLM's hash of the prefix up to
+its end, so a short chunk and the long one that replaces it are different chunks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from lmcache_core import ChunkKey, Namespace
+
+
+class Group:
+    """A KV cache group of one worker."""
+
+    def __init__(self, namespace: Namespace, block: int, window: int | None) -> None:
+        """`block`: tokens of a block. `window`: tokens that its layers attend to."""
+        self.namespace, self.block, self.window = namespace, block, window
+        self._salted = {"": namespace}
+
+    def salted(self, salt: str) -> Namespace:
+        """The namespace of blocks that depend on `salt`, too."""
+        if salt not in self._salted:
+            self._salted[salt] = self.namespace.model_copy(update={"adapter": salt})
+        return self._salted[salt]
+
+    def keys(self, hashes: Iterable[bytes], salt: str) -> list[ChunkKey]:
+        """Of the chunks at whose ends vLLM's hashes are these."""
+        return self.salted(salt).keys_from_hashes(hashes)
+
+    def first_kept(self, tokens: int) -> int:
+        """The first token whose block is still needed by what follows `tokens` tokens."""
+        left = max(0, tokens - self.window + 1) if self.window else 0
+        return left - left % self.block
+
+
+def chunk_ends(begin: int, end: int, chunk: int) -> list[int]:
+    """Where the chunks end that hold the tokens [begin, end)."""
+    return [*range(begin - begin % chunk + chunk, end, chunk), end] if begin < end else []
+
+
+@dataclass
+class Chunks:
+    """Chunks of one request, to be loaded or stored."""
+
+    request: str
+    salt: str
+    """What they depend on besides their tokens: a LoRA's files, how often weights changed."""
+    ends: list[int]
+    """Tokens up to the end of each chunk, from the root on."""
+    hashes: list[bytes]
+    """vLLM's, of the prefix up to each of these ends."""
+    begin: int
+    """The first token to load or store."""
+    end: int
+    """Behind the last one."""
+    block_ids: tuple[list[int], ...]
+    """For each group, from the request's first block on; 0 where vLLM keeps none."""
+    tiers: list[list[list[int]]] = field(default_factory=list)
+    """Of a load: where each chunk is, by rank and group."""
+
+    def first_block(self, group: int, block: int) -> int:
+        """The first block of `group` to move: behind those that a sliding window has left."""
+        ids = self.block_ids[group]
+        first = self.begin // block
+        while first < len(ids) and ids[first] == 0:
+            first += 1
+        return first
+
+    def place(self, token: int) -> int:
+        """Which chunk holds `token`."""
+        return bisect_right(self.ends, token)
+
+    def start(self, place: int, chunk: int) -> int:
+        """The first token of a chunk."""
+        return (self.ends[place] - 1) // chunk * chunk
+
+
+@dataclass
+class Metadata(KVConnectorMetadata):
+    """What the scheduler tells the workers in one step."""
+
+    loads: list[Chunks] = field(default_factory=list)
+    stores: list[Chunks] = field(default_factory=list)
+    weights: int = 0
+    """How often the weights had changed, as far as the scheduler knew."""
+
+
+@dataclass
+class Report(KVConnectorWorkerMetadata):
+    """What a worker tells the scheduler in one step."""
+
+    weights: int = 0
+    """How often its weights have changed."""
+    off: bool = False
+    """It moves nothing."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
+        if isinstance(other, Report):
+            return Report(max(self.weights, other.weights), self.off or other.off)
+        return self

@@ -1,0 +1,368 @@
+"""The scheduler's side: looks prefixes up and decides what is loaded and stored.
+
+All of it runs on the thread that schedules, where nothing may wait: lookups run on threads of
+their own, and a request whose answer is not there yet is asked about again in the next step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import KVConnectorOutput
+from vllm.v1.request import Request
+
+from lmcache_connectors import _vllm_cache
+from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, chunk_ends
+from lmcache_connectors._vllm_identity import Shape, adapter
+from lmcache_core import TierInfo, Workers
+
+log = logging.getLogger("vllm.lmcache_core")
+
+INLINE_SECONDS = 0.002
+"""How long the scheduler waits for a lookup before it goes on with other requests."""
+LOOKUPS = 8
+"""Lookups under way at once."""
+ANNOUNCED_SECONDS = 2.0
+"""How long a request waits for KV that another instance has announced."""
+
+
+class Found(NamedTuple):
+    """What of a prefix is stored."""
+
+    tokens: int
+    usable: int
+    """Tokens that vLLM can use; it must have at least one of the prompt to compute."""
+    ends: list[int]
+    tiers: list[list[list[int]]]
+    """By rank, group and chunk; anything for chunks that a sliding window has left."""
+
+
+@dataclass
+class _Known:
+    """What is remembered of a request."""
+
+    request: Request
+    reads: bool
+    """Whether it may load. A load that failed is not tried again."""
+    salt: str
+    lookup: Future[Found] | None = None
+    asked: tuple[int, int] = (0, 0)
+    """Hashes and usable tokens that the lookup was about."""
+    found: Found | None = None
+    handled: int | None = None
+    """Tokens whose blocks are stored, or were found stored; None before the first step."""
+    loading: frozenset[int] = frozenset()
+    """Blocks that were to be loaded last."""
+    sources: list[tuple[TierInfo, int]] = field(default_factory=list)
+    """Tokens that are loaded, by tier."""
+
+
+class Scheduler:
+    """One in each engine core."""
+
+    def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
+        """Raises ConfigError for what cannot be stored."""
+        self._transfer = config.kv_transfer_config
+        self._cache = _vllm_cache.acquire(config, kv)
+        try:
+            self._shape = Shape(config, kv, self._cache.engine)
+            world = config.parallel_config.tensor_parallel_size
+            self._ranks = [self._shape.groups(rank) for rank in range(world)]
+        except BaseException:
+            _vllm_cache.release(self._cache)
+            raise
+        self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
+        self._unit = self._shape.unit
+        self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
+        self._requests: dict[str, _Known] = {}
+        self._loads: list[Chunks] = []
+        self._epoch = ""
+        self._weights = 0
+        events = config.kv_events_config
+        self._events: list[KVCacheEvent] | None = (
+            [] if events is not None and events.enable_kv_cache_events else None
+        )
+        tiers = ", ".join(tier.name for tier in self._cache.engine.tiers)
+        log.warning(
+            "lmcache-core is on: %s; chunks of %d tokens, %.1f MB each",
+            tiers, self._chunk, self._shape.bytes_per_chunk / 1e6,
+        )  # fmt: skip
+
+    # Looking up
+
+    def begin(self, request: Request) -> None:
+        """A request arrived: look its prefix up while it waits for its turn."""
+        reads = self._transfer.is_kv_consumer and not request.skip_reading_prefix_cache
+        known = _Known(request, reads, adapter(request.lora_request) + self._epoch)
+        self._requests[request.request_id] = known
+        if reads:
+            self._ask(known)
+
+    def _ask(self, known: _Known) -> Future[Found]:
+        """The lookup of all that is hashed by now; one for each state of the request."""
+        request = known.request
+        hashes = list(request.block_hashes)
+        usable = (request.num_tokens - 1) // self._unit * self._unit
+        if known.lookup is None or known.asked != (len(hashes), usable):
+            known.asked = (len(hashes), usable)
+            announced = _announced(request) if known.lookup is None else 0
+            known.lookup = self._lookups.submit(
+                lambda: self._find_announced(hashes, usable, known.salt, announced)
+            )
+        return known.lookup
+
+    def _find_announced(self, hashes: list[bytes], usable: int, salt: str, announced: int) -> Found:
+        """What is stored, once all that another instance has announced is."""
+        wanted = min(announced // self._unit * self._unit, usable)
+        end = time.monotonic() + ANNOUNCED_SECONDS
+        while True:
+            found = self._find(hashes, usable, salt)
+            if found.tokens >= wanted or time.monotonic() > end:
+                return found
+            time.sleep(0.005)
+
+    def _find(self, hashes: list[bytes], usable: int, salt: str) -> Found:
+        """The longest prefix that every group of every rank has, as far as it needs it."""
+        total = len(hashes) * self._hashed
+        total -= total % self._unit
+        ends = chunk_ends(0, total, self._chunk)
+        where = self._locate(hashes, ends, salt)
+        count = self._longest(where, ends, usable)
+        ends, last = ends[:count], ends[count : count + 1]
+        shorter = range(count * self._chunk + self._unit, last[0], self._unit) if last else ()
+        short = self._locate(hashes, shorter, salt)
+        for n in reversed(range(len(shorter))):
+            if all(row[n] is not None for rows in short for row in rows):
+                ends.append(shorter[n])
+                for rows, more in zip(where, short, strict=True):
+                    for row, tail in zip(rows, more, strict=True):
+                        row[count:] = [tail[n]]
+                break
+        tiers = [[[n or 0 for n in row[: len(ends)]] for row in rows] for rows in where]
+        return Found(ends[-1] if ends else 0, usable, ends, tiers)
+
+    def _locate(
+        self, hashes: Sequence[bytes], ends: Sequence[int], salt: str
+    ) -> list[list[list[int | None]]]:
+        """Where the chunks are that end there, by rank, group and chunk; one question for all."""
+        mine = [hashes[end // self._hashed - 1] for end in ends]
+        keys = [key for groups in self._ranks for group in groups for key in group.keys(mine, salt)]
+        found = iter(self._cache.engine.locate(keys) if keys else ())
+        return [[[next(found) for _ in ends] for _ in groups] for groups in self._ranks]
+
+    def _longest(
+        self, where: list[list[list[int | None]]], ends: Sequence[int], usable: int
+    ) -> int:
+        """How many chunks from the root on can be used."""
+        rows = [(g, row) for r, groups in zip(self._ranks, where, strict=True)
+                for g, row in zip(r, groups, strict=True)]  # fmt: skip
+        whole = [row for group, row in rows if not group.window]
+        count = min([row.index(None) if None in row else len(row) for row in whole] or [len(ends)])
+        windows = [(group, row) for group, row in rows if group.window]
+        while count and not all(
+            None
+            not in row[bisect_right(ends, group.first_kept(min(ends[count - 1], usable))) : count]
+            for group, row in windows
+        ):
+            count -= 1
+        return count
+
+    def match(self, request: Request, computed: int) -> int | None:
+        """Tokens beyond `computed` that can be loaded; None while that is being found out."""
+        known = self._requests.get(request.request_id)
+        if known is None or not known.reads:
+            return 0
+        lookup = self._ask(known)
+        try:
+            found = lookup.result(INLINE_SECONDS)
+        except FutureTimeout:
+            return None
+        except Exception as error:  # ours or a backend's; the request is computed
+            log.warning("lmcache-core: a lookup failed: %r", error)
+            known.reads = False
+            return 0
+        known.found = found
+        return max(0, min(found.tokens, found.usable) - computed)
+
+    # Loading
+
+    def allocated(self, request: Request, block_ids: tuple[list[int], ...], external: int) -> None:
+        """VLLM has made room for `external` tokens, which follow what it has itself."""
+        known = self._requests[request.request_id]
+        assert known.found is not None
+        found = known.found
+        end = min(found.tokens, found.usable)
+        chunks = self._chunks(known, end - external, end, found.ends, block_ids)
+        chunks.tiers = found.tiers
+        first = chunks.first_block(0, self._ranks[0][0].block)
+        known.loading = frozenset(chunks.block_ids[0][first:])
+        known.sources = self._by_tier(found, end - external, end)
+        for tier, tokens in known.sources:
+            self._cache.count("hit_tokens", tokens, tier.name)
+        self._loads.append(chunks)
+
+    def _by_tier(self, found: Found, begin: int, end: int) -> list[tuple[TierInfo, int]]:
+        """Tokens of [begin, end) by the tier that has them."""
+        tokens: Counter[int] = Counter()
+        for place in range(bisect_right(found.ends, begin), len(found.ends)):
+            start = (found.ends[place] - 1) // self._chunk * self._chunk
+            part = min(found.ends[place], end) - max(start, begin)
+            tokens[found.tiers[0][0][place]] += max(0, part)
+        tiers = self._cache.engine.tiers
+        return [(tiers[number], n) for number, n in tokens.items()]
+
+    def sources(self, request: Request) -> list[tuple[TierInfo, int]]:
+        """Tokens that are loaded for a request, by tier."""
+        known = self._requests.get(request.request_id)
+        return known.sources if known else []
+
+    def _chunks(
+        self,
+        known: _Known,
+        begin: int,
+        end: int,
+        ends: Sequence[int],
+        block_ids: tuple[list[int], ...],
+    ) -> Chunks:
+        hashes = known.request.block_hashes
+        groups = self._ranks[0]
+        return Chunks(
+            request=known.request.request_id,
+            salt=known.salt,
+            ends=list(ends),
+            hashes=[hashes[e // self._hashed - 1] for e in ends],
+            begin=begin,
+            end=end,
+            block_ids=tuple(
+                list(ids[: end // group.block])
+                for ids, group in zip(block_ids, groups, strict=True)
+            ),
+        )
+
+    # Storing
+
+    def step(self, output: SchedulerOutput) -> Metadata:
+        """What the workers have to do in the step that `output` describes."""
+        loads, self._loads = self._loads, []
+        stores: list[Chunks] = []
+        if self._transfer.is_kv_producer and output.kv_connector_block_state is not None:
+            for request, computed in _computed(output):
+                known = self._requests.get(request)
+                if known is not None:
+                    stores += self._new_blocks(known, computed, output)
+        return Metadata(loads, stores, self._weights)
+
+    def _new_blocks(
+        self, known: _Known, computed: int, output: SchedulerOutput
+    ) -> Iterator[Chunks]:
+        """The chunks that this step fills, and the short one at its end. Where vLLM had more of
+        the prefix itself than is stored, another one ends there: it is where prompts part."""
+        name = known.request.request_id
+        if known.handled is None or computed < known.handled:  # first, or begun anew
+            stored = known.found.tokens if known.found else 0 if known.reads else computed
+            known.handled = min(computed, stored) // self._unit * self._unit
+        full = computed + output.num_scheduled_tokens[name]
+        full = min(full, len(known.request.block_hashes) * self._hashed) // self._unit * self._unit
+        if full <= known.handled:
+            return
+        ends = set(chunk_ends(0, full, self._chunk))
+        parted = computed // self._unit * self._unit
+        if parted > known.handled:
+            ends.add(parted)
+        ids = output.kv_connector_block_state.get_block_ids(name)
+        yield self._chunks(known, known.handled, full, sorted(ends), ids)
+        self._announce(known, known.handled, full)
+        known.handled = full
+
+    # What came of it
+
+    def output(self, output: KVConnectorOutput) -> None:
+        """What the workers report of a step."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, Report) and report.weights > self._weights:
+            self._weights = report.weights
+            self.reset()
+        failed = frozenset(output.invalid_block_ids or ())
+        for known in self._requests.values() if failed or output.failed_recving else ():
+            name = known.request.request_id
+            if name in output.failed_recving or known.loading & failed:
+                known.reads = False
+
+    def end(self, request: Request) -> dict[str, Any] | None:
+        """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
+        known = self._requests.pop(request.request_id, None)
+        if known is None or known.handled is None or self._transfer.is_kv_consumer:
+            return None
+        return {ANNOUNCED: known.handled}
+
+    def reset(self) -> bool:
+        """From now on share nothing with what was stored so far, nor store what runs."""
+        self._epoch = f" {uuid.uuid4()}"
+        self._requests.clear()
+        if self._events is not None:
+            self._events.append(AllBlocksCleared())
+        return True
+
+    def _announce(self, known: _Known, begin: int, end: int) -> None:
+        """A KV event for routers: these blocks are stored outside of vLLM's memory."""
+        if self._events is None:
+            return
+        request = known.request
+        hashes = request.block_hashes[: end // self._hashed]
+        first = begin // self._hashed
+        in_memory = self._cache.engine.tiers[0].in_memory
+        self._events.append(
+            BlockStored(
+                block_hashes=list(hashes[first:]),
+                parent_block_hash=hashes[first - 1] if first else None,
+                token_ids=list(request.all_token_ids[first * self._hashed : end]),
+                block_size=self._hashed,
+                lora_id=request.lora_request.adapter_id if request.lora_request else None,
+                medium="CPU" if in_memory else "STORAGE",
+                lora_name=request.lora_request.name if request.lora_request else None,
+            )
+        )
+
+    def events(self) -> list[KVCacheEvent]:
+        """KV events since the last call."""
+        events, self._events = self._events or [], None if self._events is None else []
+        return events
+
+    def news(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        return self._cache.news()
+
+    def close(self) -> None:
+        """Release threads and tiers."""
+        self._lookups.close()
+        _vllm_cache.release(self._cache)
+
+
+ANNOUNCED = "lmcache_core_tokens"
+"""In kv_transfer_params: tokens that a prefill instance has stored, or is about to."""
+
+
+def _announced(request: Request) -> int:
+    value = (request.kv_transfer_params or {}).get(ANNOUNCED, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _computed(output: SchedulerOutput) -> Iterator[tuple[str, int]]:
+    """(request, tokens computed before this step) of all that are scheduled."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens
+    cached = output.scheduled_cached_reqs
+    yield from zip(cached.req_ids, cached.num_computed_tokens, strict=True)

@@ -1,0 +1,213 @@
+"""The worker's side: moves blocks between vLLM's memory and the cache. One for each rank.
+
+Loads run on threads of their own, while vLLM computes other requests: it uses a block only after
+its load was reported. What did not come is reported, too, and vLLM computes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from lmcache_connectors import _vllm_cache, _vllm_weights
+from lmcache_connectors._vllm_chunks import Chunks, Metadata
+from lmcache_connectors._vllm_identity import Shape
+from lmcache_connectors._vllm_memory import GroupMemory
+from lmcache_core import Hit, Tensors, Workers, own_stream
+
+log = logging.getLogger("vllm.lmcache_core")
+
+LOADS = 8
+"""Requests whose KV is loaded at once."""
+IDLE_SECONDS = 0.05
+"""How long a step that computes nothing waits for a load, rather than come back in vain."""
+STAGED = 4
+"""Steps whose new blocks may wait on the device for their way to the host; more are dropped."""
+
+
+class Worker:
+    """Of one rank."""
+
+    def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
+        """Raises ConfigError for what cannot be stored."""
+        self._config, self._kv = config, kv
+        self._memory: list[GroupMemory] = []
+        self._loads: dict[str, Future[set[int]]] = {}
+        self._failed_blocks: set[int] = set()
+        self._staged: list[Future[None]] = []
+        self._told_weights = self._weights = _vllm_weights.changes()
+        self._cache = _vllm_cache.acquire(config, kv)
+        self._loaders = Workers("lmcache-vllm-load", LOADS)
+        self._storer = Workers("lmcache-vllm-store", 1)
+
+    def use(self, layers: Mapping[str, torch.Tensor]) -> None:
+        """Move blocks of these from now on. Raises ConfigError where they are not understood."""
+        self._rank = get_tensor_model_parallel_rank()
+        shape = Shape(self._config, self._kv, self._cache.engine)
+        self._chunk = shape.chunk
+        self._groups = shape.groups(self._rank)
+        for spec, group in zip(self._kv.kv_cache_groups, self._groups, strict=True):
+            layout = group.namespace.layout.groups[0]
+            memory = GroupMemory([layers[name] for name in spec.layer_names], layout, group.block)
+            memory.prove()
+            self._memory.append(memory)
+
+    # Loading
+
+    def begin(self, step: Metadata, idle: bool) -> None:
+        """Start the step's loads. `idle`: vLLM computes nothing meanwhile."""
+        for chunks in step.loads:
+            stale = step.weights != self._weights_now()
+            self._loads[chunks.request] = self._loaders.submit(partial(self._load, chunks, stale))
+        if idle and self._loads:
+            wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
+
+    def _load(self, chunks: Chunks, stale: bool) -> set[int]:
+        """Returns the blocks that did not come."""
+        began = time.perf_counter()
+        missing: set[int] = set()
+        for number in range(len(self._groups)):
+            missing.update(self._load_group(number, chunks, stale))
+        self._cache.count("loads", 1)
+        self._cache.count("load_seconds", time.perf_counter() - began)
+        if missing:
+            self._cache.count("failed_loads", 1)
+        return missing
+
+    def _load_group(self, number: int, chunks: Chunks, stale: bool) -> list[int]:
+        """The blocks of a group that did not come."""
+        group, memory, ids = self._groups[number], self._memory[number], chunks.block_ids[number]
+        done = first = chunks.first_block(number, group.block)
+        last = chunks.end // group.block
+        place = chunks.place(first * group.block)
+        keys = group.keys(chunks.hashes, chunks.salt)
+        hit = Hit(tuple(keys), tuple(chunks.tiers[self._rank][number]))
+        try:
+            with own_stream(memory.device):
+                for chunk in () if stale else self._cache.engine.load(hit, start=place):
+                    start = chunks.start(place, self._chunk) // group.block
+                    end = min(chunks.ends[place] // group.block, last)
+                    for block in range(max(first, start), end):
+                        memory.scatter(ids[block], chunk.tensors, block - start)
+                    place, done = place + 1, end
+        except Exception as error:  # vLLM computes what did not come
+            log.warning("lmcache-core: a load failed: %r", error)
+            return ids[first:last]
+        return ids[done:last]
+
+    def results(self) -> tuple[set[str], set[str]]:
+        """Requests whose loads have ended, and those of them that must be computed anew."""
+        ended = {name for name, load in self._loads.items() if load.done()}
+        failed: set[str] = set()
+        for name in ended:
+            missing = self._loads.pop(name).result()
+            if missing and len(self._groups) > 1:  # vLLM takes no blocks of several groups
+                failed.add(name)
+            elif missing:
+                self._failed_blocks |= missing
+        return ended, failed
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks that did not come, of requests that `results` has named."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    # Storing
+
+    def store(self, step: Metadata) -> None:
+        """Store the blocks that a step has filled. What cannot be stored is dropped and counted."""
+        if not step.stores or step.weights != self._weights_now():
+            return
+        self._staged = [job for job in self._staged if not job.done()]
+        for chunks in step.stores:
+            for number, memory in enumerate(self._memory):
+                if memory.device.type == "cpu":
+                    self._store_group(number, chunks, memory)
+                elif len(self._staged) < STAGED:
+                    # Copied on the device, in the order of its work, so that vLLM may overwrite
+                    # the blocks at once; from there to the host while it computes on.
+                    first = chunks.begin // self._chunk * self._chunk // self._groups[number].block
+                    staged = memory.staged(chunks.block_ids[number][first:])
+                    job = partial(self._store_group, number, chunks, staged)
+                    self._staged.append(self._storer.submit(job))
+                else:
+                    self._cache.count("stores_skipped", 1)
+
+    def _store_group(self, number: int, chunks: Chunks, memory: GroupMemory) -> None:
+        began = time.perf_counter()
+        whole = [p for p, end in enumerate(chunks.ends) if end % self._chunk == 0]
+        new = [n for n, p in enumerate(whole) if chunks.ends[p] > chunks.begin]
+        try:
+            with own_stream(memory.device, memory.ready):
+                if new:
+                    self._store_places(number, chunks, memory, whole, new[0])
+                for place, end in enumerate(chunks.ends):
+                    if end > chunks.begin and end % self._chunk:
+                        before = [p for p in whole if p < place]
+                        self._store_places(number, chunks, memory, [*before, place], len(before))
+        except Exception as error:  # a block that is not stored is computed again one day
+            log.warning("lmcache-core: a store failed: %r", error)
+        self._cache.count("store_seconds", time.perf_counter() - began)
+
+    def _store_places(
+        self, number: int, chunks: Chunks, memory: GroupMemory, places: Sequence[int], first: int
+    ) -> None:
+        """Store the chunks at `places`, a sequence, from its `first` on; they are of one length."""
+        group, ids = self._groups[number], chunks.block_ids[number]
+
+        def blocks(n: int) -> list[int]:
+            start = chunks.start(places[n], self._chunk)
+            return ids[start // group.block : chunks.ends[places[n]] // group.block]
+
+        while first < len(places) and 0 in blocks(first):  # left by a sliding window
+            first += 1
+        if first == len(places):
+            return
+
+        def gather(n: int, out: Tensors) -> None:
+            memory.gather(blocks(n), out)
+
+        self._cache.engine.store(
+            group.salted(chunks.salt),
+            group.keys([chunks.hashes[place] for place in places], chunks.salt),
+            gather,
+            start=first,
+            tokens=len(blocks(first)) * group.block,
+        )
+
+    # What else the scheduler hears
+
+    def _weights_now(self) -> int:
+        return _vllm_weights.changes() - self._weights
+
+    def new_weights(self) -> int | None:
+        """How often the weights have changed, where that is news."""
+        now = _vllm_weights.changes()
+        if now == self._told_weights:
+            return None
+        self._told_weights = now
+        return now - self._weights
+
+    def news(self) -> dict[str, float]:
+        """What was counted since the last call."""
+        return self._cache.news()
+
+    def flush(self, seconds: float) -> bool:
+        """Wait until all that was taken is stored or dropped."""
+        wait(self._staged, seconds)
+        return self._cache.engine.flush(seconds)
+
+    def close(self) -> None:
+        """Write what was promised and release the tiers."""
+        wait([*self._loads.values(), *self._staged], 1.0)
+        self._loaders.close()
+        self._storer.close()
+        _vllm_cache.release(self._cache)
