@@ -15,20 +15,43 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 import lmcache_core
-from lmcache_connectors._vllm_identity import chunk_tokens
-from lmcache_core import Config, ConfigError, TierConfig, asks_strict
+from lmcache_connectors._vllm_identity import Shape, chunk_tokens, share_as
+from lmcache_core import (
+    Config,
+    ConfigError,
+    TensorsToBytes,
+    TensorsToTensors,
+    TierConfig,
+    asks_strict,
+)
 
 
 class Cache:
     """An engine that both sides may hold."""
 
     def __init__(self, config: Config) -> None:
+        """Raises ConfigError."""
         self.engine = lmcache_core.open(config)
         self.config = config
         self.counts: Counter[str] = Counter()
         """What the connector counts itself; see `_vllm_stats.py`."""
         self._told: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def looked_at(self) -> str:
+        """The first of the tiers' serdes that makes something of keys and values, or ""."""
+        for tier in self.config.tiers:
+            for serde in tier.serde:
+                of_tensors = isinstance(serde.create(), TensorsToTensors | TensorsToBytes)
+                if of_tensors and serde.name != "raw":
+                    return f"{tier.where}: {serde.name}"
+        return ""
+
+    def shape(self, config: VllmConfig, kv: KVCacheConfig) -> Shape:
+        """How vLLM's KV is cut for this cache. Raises ConfigError for what cannot be stored."""
+        shared = "share_as" if share_as(config) else ""
+        return Shape(config, kv, self.engine, self.looked_at or shared)
 
     def count(self, name: str, amount: float, *labels: str) -> None:
         """Add to a counter of the connector's own."""
@@ -81,7 +104,7 @@ def acquire(config: VllmConfig, kv: KVCacheConfig) -> Cache:
     """
     ours = lmcache_core.load_config(_source(config))
     tiers = ours.tiers if _one_process(config) else tuple(map(_shared, ours.tiers))
-    chunk = chunk_tokens(kv, ours.chunk_size)
+    chunk = ours.chunk_size if share_as(config) else chunk_tokens(kv, ours.chunk_size)
     return _CACHES.acquire(ours.model_copy(update={"tiers": tiers, "chunk_size": chunk}))
 
 
@@ -99,6 +122,7 @@ def is_strict(config: VllmConfig) -> bool:
 def _source(config: VllmConfig) -> Any:
     extra = dict(config.kv_transfer_config.kv_connector_extra_config)
     file = extra.pop("config_file", None)
+    extra.pop("share_as", None)
     own = set(extra) - {"strict"}
     if file and own:
         raise ConfigError("kv_connector_extra_config: expected either config_file or its keys")

@@ -16,15 +16,25 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from lmcache_connectors._vllm_packing import Packing
 from lmcache_core import ChunkKey, Namespace
 
 
 class Group:
     """A KV cache group of one worker."""
 
-    def __init__(self, namespace: Namespace, block: int, window: int | None) -> None:
-        """`block`: tokens of a block. `window`: tokens that its layers attend to."""
+    def __init__(
+        self,
+        namespace: Namespace,
+        block: int,
+        window: int | None,
+        packing: Packing | None = None,
+        keyed: bool = False,
+    ) -> None:
+        """`block`: tokens of a block. `window`: tokens that its layers attend to. `packing`: how
+        chunks come of blocks, where they are not just their bytes. `keyed`: hashes are keys."""
         self.namespace, self.block, self.window = namespace, block, window
+        self.packing, self._keyed = packing, keyed
         self._salted = {"": namespace}
 
     def salted(self, salt: str) -> Namespace:
@@ -35,6 +45,8 @@ class Group:
 
     def keys(self, hashes: Iterable[bytes], salt: str) -> list[ChunkKey]:
         """Of the chunks at whose ends vLLM's hashes are these."""
+        if self._keyed:
+            return [ChunkKey(each) for each in hashes]
         return self.salted(salt).keys_from_hashes(hashes)
 
     def first_kept(self, tokens: int) -> int:

@@ -26,8 +26,12 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.request import Request
 
+from lmcache_connectors._sharing import shared_namespace
 from lmcache_connectors._vllm_chunks import Group
+from lmcache_connectors._vllm_packing import Packing
+from lmcache_connectors._vllm_packing import packing as packing_of
 from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
 
 SMALL = 512 << 10
@@ -39,29 +43,69 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
 
 class Shape:
-    """How vLLM's KV is cut into chunks, and whose they are."""
+    """How vLLM's KV is cut into chunks, and whose they are.
 
-    def __init__(self, config: VllmConfig, kv: KVCacheConfig, engine: CacheEngine) -> None:
-        """Raises ConfigError for what cannot be stored: state-space models, caches that are split
-        by pipeline stage or context."""
+    Chunks hold the bytes of vLLM's blocks, whose packing is nobody else's affair; or, where a
+    serde looks at the tensors or other engines share them, keys and values in the canonical layout.
+    """
+
+    def __init__(
+        self, config: VllmConfig, kv: KVCacheConfig, engine: CacheEngine, looked_at: str
+    ) -> None:
+        """`looked_at`: who looks at the tensors, "" for nobody.
+
+        Raises ConfigError for what cannot be stored: state-space models, caches that are split
+        by pipeline stage or context.
+        """
         parallel = config.parallel_config
         if parallel.pipeline_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
             raise ConfigError("pipeline and decode context parallelism are not supported")
         self._config, self._kv, self._engine = config, kv, engine
-        self.hashed = hash_block_size(config, kv)
-        """Tokens that one of vLLM's block hashes stands for."""
-        self.unit = _unit(kv)
-        """Tokens that every group has in whole blocks; what a hit is a multiple of."""
+        self._looked_at = looked_at
+        self.share_as = share_as(config)
         self.chunk = engine.chunk_size
         """Tokens of a chunk; a multiple of `unit`."""
-        if any(group.kv_cache_spec.block_size % self.hashed for group in kv.kv_cache_groups):
-            raise ConfigError(f"blocks that are no multiple of {self.hashed} tokens, vLLM's hashes")
+        self.unit = self.chunk if self.share_as else _unit(kv)
+        """What a hit is a multiple of, in tokens; every group has it in whole blocks."""
+        self.vllm_hashed = hash_block_size(config, kv)
+        """Tokens that one of vLLM's block hashes stands for."""
+        self.hashed = self.chunk if self.share_as else self.vllm_hashed
+        """Tokens that one of `hashes` stands for."""
+        blocks = [group.kv_cache_spec.block_size for group in kv.kv_cache_groups]
+        if any(block % self.vllm_hashed for block in blocks):
+            raise ConfigError(f"blocks of {blocks} tokens, but hashes of {self.vllm_hashed}")
+        if self.chunk % _unit(kv):
+            raise ConfigError(
+                f"share_as: chunk_size {self.chunk} must be a multiple of vLLM's blocks of {_unit(kv)}"
+            )
+        if self.share_as and (len(kv.kv_cache_groups) > 1 or parallel.world_size > 1):
+            raise ConfigError(
+                "share_as: only models of one KV cache group on one device are shared"
+            )
+
+    def hashed_tokens(self, request: Request) -> int:
+        """Tokens of a request that vLLM has hashed: none of them is a draft."""
+        return len(request.block_hashes) * self.vllm_hashed
+
+    def hashes(self, request: Request) -> Sequence[bytes]:
+        """What stands for the prefix up to each multiple of `hashed` tokens: vLLM's block hashes,
+        or where chunks are shared with other engines keys of the tokens."""
+        if not self.share_as:
+            return request.block_hashes
+        tokens = request.all_token_ids[: self.hashed_tokens(request)]
+        return self.groups(0)[0].namespace.keys(tokens, self.chunk)
+
+    def knows(self, request: Request) -> bool:
+        """Whether `hashes` stand for all that a request's KV depends on."""
+        others = (request.lora_request, request.mm_features, request.cache_salt)
+        return not self.share_as or not any((*others, request.prompt_embeds is not None))
 
     @property
     def bytes_per_chunk(self) -> int:
         """Of one worker, over all groups."""
         return _bytes_per_token(self._kv) * self.chunk
 
+    @lru_cache(maxsize=8)  # noqa: B019 - lives as long as the connector
     def groups(self, rank: int) -> list[Group]:
         """The KV cache groups of worker `rank`, in vLLM's order."""
         return [self._group(each, rank) for each in self._kv.kv_cache_groups]
@@ -70,16 +114,23 @@ class Shape:
         config, kv, spec = self._config, self._kv, group.kv_cache_spec
         model = config.model_config
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
+        packing = self._packing(spec) if self._looked_at else None
+        layout = KVLayout(groups=(_layer_group(group.layer_names, spec, packing),))
+        if self.share_as:
+            text = model.hf_text_config
+            namespace = shared_namespace(self._engine, self.share_as, text, layout)
+            return Group(namespace, spec.block_size, window, packing, keyed=True)
         namespace = self._engine.namespace(
             model=_model_name(model.model),
             weights=_weights(config),
             revision=str(model.revision or ""),
-            layout=KVLayout(groups=(_layer_group(group.layer_names, spec),)),
+            layout=layout,
             rank=rank,
             world=config.parallel_config.tensor_parallel_size,
             positions=_digest(_hf_config(model.hf_config)),
-            memory_format=_memory_format(config, kv, spec),
+            memory_format="canonical" if packing else _memory_format(config, kv, spec),
             extra={
+                "vllm": vllm.__version__,
                 "group": _digest([group.layer_names, repr(spec)]),
                 "hashes": _hashes(config, kv),
                 "chunk": str(self.chunk),
@@ -88,7 +139,33 @@ class Shape:
                 "overrides": _digest(repr(model.hf_overrides)),
             },
         )
-        return Group(namespace, spec.block_size, window)
+        return Group(namespace, spec.block_size, window, packing)
+
+    def _packing(self, spec: Any) -> Packing:
+        """How vLLM packs keys and values. Raises ConfigError where that is not known."""
+        backend = _backend(self._config, spec)
+        known = packing_of(backend, spec.dtype, spec.num_kv_heads, spec.block_size, spec.head_size)
+        if known is None:
+            raise ConfigError(
+                f"{self._looked_at} looks at keys and values, and how {backend} packs "
+                f"{spec.dtype} is not known; use lossless serdes (zstd)"
+            )
+        return known
+
+
+def share_as(config: VllmConfig) -> str:
+    """The name under which other engines share this model's KV, or ""."""
+    return str(config.kv_transfer_config.kv_connector_extra_config.get("share_as", ""))
+
+
+def _backend(config: VllmConfig, spec: Any) -> str:
+    """The attention backend's name. Where vLLM will choose it, one of those that it chooses: the
+    worker proves what is made of it."""
+    if current_platform.is_cpu():
+        return "CPU_MLA" if isinstance(spec, MLAAttentionSpec) else "CPU_ATTN"
+    chosen = getattr(config.attention_config, "backend", None)
+    default = "TRITON_MLA" if isinstance(spec, MLAAttentionSpec) else "FLASH_ATTN"
+    return str(getattr(chosen, "name", None) or default)
 
 
 def chunk_tokens(kv: KVCacheConfig, most: int) -> int:
@@ -129,23 +206,29 @@ def _model_name(model: str) -> str:
     return Path(model).name if Path(model).is_dir() else model
 
 
-def _layer_group(names: Sequence[str], spec: Any) -> LayerGroup:
-    """A block's bytes as vLLM packs them: for each layer [kv_heads, tokens, bytes of both]."""
+def _layer_group(names: Sequence[str], spec: Any, packing: Packing | None) -> LayerGroup:
+    """What a block holds of a group's layers: [kv_heads, tokens, dim] of keys and values, or
+    [kv_heads, tokens, bytes of both] as vLLM packs them."""
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
         raise ConfigError(f"KV of the kind {type(spec).__name__} is not supported")
-    heads = spec.num_kv_heads
     itemsize = torch.empty(0, dtype=spec.dtype).element_size()
-    width, rest = divmod(spec.page_size_bytes, heads * spec.block_size * itemsize)
+    width, rest = divmod(spec.page_size_bytes, spec.num_kv_heads * spec.block_size * itemsize)
     if rest:
         raise ConfigError("padded KV pages are not supported")
+    mla = isinstance(spec, MLAAttentionSpec)
+    if packing and not mla and width != 2 * spec.head_size:
+        raise ConfigError("keys and values of different sizes are only stored as they are")
+    window = getattr(spec, "sliding_window", None)
+    kind = ("mla" if mla else "sliding" if window else "attention") if packing else "opaque"
+    key_dim = width // 2 if packing and not mla else width
     return LayerGroup(
-        kind="opaque",
+        kind=kind,  # type: ignore[arg-type]
         layers=tuple(_layer_indices(names)),
-        kv_heads=heads,
-        key_dim=width,
-        value_dim=0,
+        kv_heads=spec.num_kv_heads,
+        key_dim=key_dim,
+        value_dim=width - key_dim,
         dtype=str(spec.dtype).removeprefix("torch."),
-        window=getattr(spec, "sliding_window", None),
+        window=window,
     )
 
 

@@ -7,27 +7,38 @@ blocks move.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from lmcache_connectors._vllm_packing import Packing
 from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, point
 
 
 class GroupMemory:
     """The layers of one KV cache group. A block id means the same place in each of them."""
 
-    def __init__(self, layers: Sequence[torch.Tensor], group: LayerGroup, tokens: int) -> None:
-        """Raises ConfigError where the memory is not what the group says."""
-        self._layers, self._tokens = list(layers), tokens
-        expected = (group.kv_heads, tokens, group.key_dim)
+    def __init__(
+        self,
+        layers: Sequence[torch.Tensor],
+        group: LayerGroup,
+        tokens: int,
+        packing: Packing | None = None,
+    ) -> None:
+        """`tokens`: of a block. `packing`: how chunks in the canonical layout come of blocks;
+        without it a chunk is the blocks' bytes. Raises ConfigError where the memory is not what
+        the group says."""
+        self._layers, self._tokens, self._packing = list(layers), tokens, packing
+        expected = (group.kv_heads, tokens, group.key_dim + group.value_dim)
         for layer in self._layers:
             if tuple(layer.shape[1:]) != expected or str(layer.dtype) != f"torch.{group.dtype}":
                 raise ConfigError(
                     f"expected blocks of {group.dtype} {list(expected)}; vLLM has "
                     f"{layer.dtype} {list(layer.shape[1:])}"
                 )
+        self._key_dim = group.key_dim
         self._joined = _joined(self._layers)
         self._places: dict[int, int] = {}
         """Where blocks are whose number says it no more."""
@@ -40,38 +51,49 @@ class GroupMemory:
         return self._layers[0].device
 
     def gather(self, blocks: Sequence[int], out: Tensors) -> None:
-        """Copy blocks of every layer into `out`: g0.k, [layers, kv_heads, tokens, width]."""
+        """Copy blocks of every layer into a chunk's tensors."""
         for n, place in enumerate(blocks):
-            block = self._places.get(place, place)
-            target = self._part(out, n)
-            if self._joined is not None:
-                copy_exact(target, self._joined[:, block])
-                continue
-            for number, layer in enumerate(self._layers):
-                copy_exact(target[number], layer[block])
+            parts = self._parts(out, n)
+            for block, part in self._views(self._places.get(place, place), parts):
+                if self._packing:
+                    self._packing.unpack(block, *part)
+                else:
+                    copy_exact(part[0], block)
 
     def scatter(self, block: int, tensors: Tensors, n: int) -> None:
         """Copy the n-th block of a chunk into every layer."""
-        source = self._part(tensors, n)
+        for target, part in self._views(block, self._parts(tensors, n)):
+            if self._packing:
+                self._packing.pack(*part, target)
+            else:
+                copy_exact(target, part[0])
+
+    def _parts(self, tensors: Tensors, n: int) -> _Parts:
+        """The n-th block of a chunk: keys and values, or the bytes of both."""
+        tokens = slice(n * self._tokens, (n + 1) * self._tokens)
+        values = tensors["g0.v"][:, :, tokens] if "g0.v" in tensors else None
+        return tensors["g0.k"][:, :, tokens], values
+
+    def _views(self, block: int, parts: _Parts) -> Iterator[tuple[torch.Tensor, _Parts]]:
+        """The block in vLLM's memory beside the chunk's part: of all layers at once where vLLM
+        has them at equal distances, else of one after the other."""
         if self._joined is not None:
-            copy_exact(self._joined[:, block], source)
+            yield self._joined[:, block], parts
             return
-        for number, layer in enumerate(self._layers):
-            copy_exact(layer[block], source[number])
+        for n, layer in enumerate(self._layers):
+            keys, values = (None if part is None else part[n : n + 1] for part in parts)
+            assert keys is not None
+            yield layer[block].unsqueeze(0), (keys, values)
 
     def staged(self, blocks: Sequence[int]) -> GroupMemory:
         """These blocks, copied on the device as they are at this point of its work."""
-        copy = GroupMemory.__new__(GroupMemory)
+        twin = copy.copy(self)
         index = torch.tensor(blocks, device=self.device)
-        copy._layers = [layer.index_select(0, index) for layer in self._layers]
-        copy._tokens, copy._joined = self._tokens, None
-        copy._places = {block: n for n, block in enumerate(blocks)}
-        copy.ready = point(self.device)
-        return copy
-
-    def _part(self, tensors: Tensors, n: int) -> torch.Tensor:
-        """The n-th block of a chunk."""
-        return tensors["g0.k"][:, :, n * self._tokens : (n + 1) * self._tokens]
+        twin._layers = [layer.index_select(0, index) for layer in self._layers]
+        twin._joined = None
+        twin._places = {block: n for n, block in enumerate(blocks)}
+        twin.ready = point(self.device)
+        return twin
 
     def prove(self) -> None:
         """Put a pattern through this very path, look at the memory from outside, and restore it.
@@ -85,20 +107,35 @@ class GroupMemory:
         kept = [layer[block].clone() for layer in self._layers]
         around = [layer[b].clone() for layer in self._layers for b in others if b != block]
         pattern = _pattern(shape, self._layers[0])
+        chunk, back = self._chunk_of(pattern), self._chunk_of(torch.zeros_like(pattern))
         try:
-            self.scatter(block, {"g0.k": pattern}, 0)
+            self.scatter(block, chunk, 0)
             there = all(
                 _same(layer[block], part) for layer, part in zip(self._layers, pattern, strict=True)
             )
-            back = torch.empty_like(pattern)
-            self.gather([block], {"g0.k": back})
+            self.gather([block], back)
             after = [layer[b] for layer in self._layers for b in others if b != block]
             still = all(_same(a, b) for a, b in zip(around, after, strict=True))
-            if not (there and still and _same(back, pattern)):
+            same = all(_same(back[name], tensor) for name, tensor in chunk.items())
+            if not (there and still and same):
                 raise ConfigError("blocks of vLLM's KV memory are not where they should be")
         finally:
             for layer, part in zip(self._layers, kept, strict=True):
                 layer[block].copy_(part)
+
+    def _chunk_of(self, blocks: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A chunk of one block that has these bytes, [layers, kv_heads, tokens, width]."""
+        if not self._packing:
+            return {"g0.k": blocks}
+        keys, values = (
+            torch.empty(*blocks.shape[:3], dim, dtype=blocks.dtype)
+            for dim in (self._key_dim, blocks.shape[3] - self._key_dim)
+        )
+        self._packing.unpack(blocks, keys, values if values.numel() else None)
+        return {"g0.k": keys, "g0.v": values} if values.numel() else {"g0.k": keys}
+
+
+_Parts = tuple[torch.Tensor, torch.Tensor | None]
 
 
 def _joined(layers: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 
 from lmcache_connectors import _vllm_cache
 from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, chunk_ends
-from lmcache_connectors._vllm_identity import Shape, adapter
+from lmcache_connectors._vllm_identity import adapter
 from lmcache_core import TierInfo, Workers
 
 log = logging.getLogger("vllm.lmcache_core")
@@ -60,7 +60,7 @@ class _Known:
     salt: str
     lookup: Future[Found] | None = None
     asked: tuple[int, int] = (0, 0)
-    """Hashes and usable tokens that the lookup was about."""
+    """Hashed and usable tokens that the lookup was about."""
     found: Found | None = None
     handled: int | None = None
     """Tokens whose blocks are stored, or were found stored; None before the first step."""
@@ -78,7 +78,7 @@ class Scheduler:
         self._transfer = config.kv_transfer_config
         self._cache = _vllm_cache.acquire(config, kv)
         try:
-            self._shape = Shape(config, kv, self._cache.engine)
+            self._shape = self._cache.shape(config, kv)
             world = config.parallel_config.tensor_parallel_size
             self._ranks = [self._shape.groups(rank) for rank in range(world)]
         except BaseException:
@@ -107,6 +107,8 @@ class Scheduler:
         """A request arrived: look its prefix up while it waits for its turn."""
         reads = self._transfer.is_kv_consumer and not request.skip_reading_prefix_cache
         known = _Known(request, reads, adapter(request.lora_request) + self._epoch)
+        if not self._shape.knows(request):
+            return
         self._requests[request.request_id] = known
         if reads:
             self._ask(known)
@@ -114,10 +116,11 @@ class Scheduler:
     def _ask(self, known: _Known) -> Future[Found]:
         """The lookup of all that is hashed by now; one for each state of the request."""
         request = known.request
-        hashes = list(request.block_hashes)
         usable = (request.num_tokens - 1) // self._unit * self._unit
-        if known.lookup is None or known.asked != (len(hashes), usable):
-            known.asked = (len(hashes), usable)
+        asked = (self._shape.hashed_tokens(request), usable)
+        if known.lookup is None or known.asked != asked:
+            known.asked = asked
+            hashes = list(self._shape.hashes(request))
             announced = _announced(request) if known.lookup is None else 0
             known.lookup = self._lookups.submit(
                 lambda: self._find_announced(hashes, usable, known.salt, announced)
@@ -237,7 +240,7 @@ class Scheduler:
         ends: Sequence[int],
         block_ids: tuple[list[int], ...],
     ) -> Chunks:
-        hashes = known.request.block_hashes
+        hashes = self._shape.hashes(known.request)
         groups = self._ranks[0]
         return Chunks(
             request=known.request.request_id,
@@ -275,7 +278,7 @@ class Scheduler:
             stored = known.found.tokens if known.found else 0 if known.reads else computed
             known.handled = min(computed, stored) // self._unit * self._unit
         full = computed + output.num_scheduled_tokens[name]
-        full = min(full, len(known.request.block_hashes) * self._hashed) // self._unit * self._unit
+        full = min(full, self._shape.hashed_tokens(known.request)) // self._unit * self._unit
         if full <= known.handled:
             return
         ends = set(chunk_ends(0, full, self._chunk))
@@ -321,15 +324,16 @@ class Scheduler:
         if self._events is None:
             return
         request = known.request
-        hashes = request.block_hashes[: end // self._hashed]
-        first = begin // self._hashed
+        size = self._shape.vllm_hashed
+        hashes = request.block_hashes[: end // size]
+        first = begin // size
         in_memory = self._cache.engine.tiers[0].in_memory
         self._events.append(
             BlockStored(
                 block_hashes=list(hashes[first:]),
                 parent_block_hash=hashes[first - 1] if first else None,
-                token_ids=list(request.all_token_ids[first * self._hashed : end]),
-                block_size=self._hashed,
+                token_ids=list(request.all_token_ids[first * size : end]),
+                block_size=size,
                 lora_id=request.lora_request.adapter_id if request.lora_request else None,
                 medium="CPU" if in_memory else "STORAGE",
                 lora_name=request.lora_request.name if request.lora_request else None,

@@ -19,9 +19,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lmcache_connectors import _vllm_cache, _vllm_weights
 from lmcache_connectors._vllm_chunks import Chunks, Metadata
-from lmcache_connectors._vllm_identity import Shape
 from lmcache_connectors._vllm_memory import GroupMemory
-from lmcache_core import Hit, Tensors, Workers, own_stream
+from lmcache_connectors._vllm_packing import Packing, layer_write, prove
+from lmcache_core import ConfigError, Hit, Tensors, Workers, own_stream
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -51,14 +51,23 @@ class Worker:
     def use(self, layers: Mapping[str, torch.Tensor]) -> None:
         """Move blocks of these from now on. Raises ConfigError where they are not understood."""
         self._rank = get_tensor_model_parallel_rank()
-        shape = Shape(self._config, self._kv, self._cache.engine)
+        shape = self._cache.shape(self._config, self._kv)
         self._chunk = shape.chunk
         self._groups = shape.groups(self._rank)
         for spec, group in zip(self._kv.kv_cache_groups, self._groups, strict=True):
             layout = group.namespace.layout.groups[0]
-            memory = GroupMemory([layers[name] for name in spec.layer_names], layout, group.block)
+            mine = [layers[name] for name in spec.layer_names]
+            memory = GroupMemory(mine, layout, group.block, group.packing)
             memory.prove()
+            if group.packing and layout.value_dim:
+                self._prove_packing(group.packing, spec.layer_names[0], mine[0])
             self._memory.append(memory)
+
+    def _prove_packing(self, packing: Packing, name: str, memory: torch.Tensor) -> None:
+        """See that the layer itself writes keys and values so. Raises ConfigError."""
+        layer = self._config.compilation_config.static_forward_context[name]
+        if not prove(packing, layer_write(layer), memory):
+            raise ConfigError(f"vLLM does not pack keys and values as in {packing.name}")
 
     # Loading
 

@@ -28,6 +28,7 @@ import xxhash
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lmcache_connectors._sharing import config_digest, shared_namespace
 from lmcache_core import (
     CacheEngine,
     Hit,
@@ -42,8 +43,6 @@ from lmcache_core import (
 
 log = logging.getLogger("lmcache_core")
 
-_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
-"""Config keys that say nothing of what the KV will be."""
 _ODD = {"xlm", "flaubert", "moshi"}
 """Models that put tokens of their own behind the prompt, or whose split prefill is another one."""
 _ONE_SEQUENCE = {
@@ -70,18 +69,24 @@ class _NotCacheable(Exception):
     """Why a call runs without us."""
 
 
-def attach(model: PreTrainedModel, cache: CacheEngine, *, tenant: str = "") -> Attached:
+def attach(
+    model: PreTrainedModel, cache: CacheEngine, *, tenant: str = "", share_as: str = ""
+) -> Attached:
     """Make `model.generate` (and pipelines) reuse KV from `cache`, until `detach`.
 
-    `tenant`: a salt; callers with different salts share nothing. Raises ValueError where the model
-    has a cache already, and ConfigError where a tier cannot hold one chunk of this model's KV.
+    `tenant`: a salt; callers with different salts share nothing. `share_as`: a name that you give
+    to the same model in other engines, too (vLLM's `share_as`), so that they share KV; it ends
+    where the weights change or an adapter is active. Raises ValueError for both at once and where
+    the model has a cache already, and ConfigError where a tier cannot hold one chunk of its KV.
 
     Weights may change meanwhile. Only what PyTorch counts is noticed, though: after a change in
     place through `.data` or in inference mode, attach again.
     """
     if isinstance(_owner(model), Attached):
         raise ValueError("the model is attached already; detach it first")
-    attached = Attached(model, cache, tenant)
+    if tenant and share_as:
+        raise ValueError("a tenant's KV is not shared with other engines: no share_as")
+    attached = Attached(model, cache, tenant, share_as)
     model.generate = attached._generate
     return attached
 
@@ -99,8 +104,12 @@ def _owner(model: PreTrainedModel) -> object:
 class Attached:
     """A model and its cache. A context manager that detaches at its end."""
 
-    def __init__(self, model: PreTrainedModel, cache: CacheEngine, tenant: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: CacheEngine, tenant: str, share_as: str
+    ) -> None:
         self._model, self._cache = model, cache
+        self._share_as = share_as
+        self._attached_to: Namespace | None = None
         self._tenant = tenant_digest(tenant) if tenant else ""
         self._own_generate = model.generate
         self._said: set[str] = set()
@@ -208,8 +217,8 @@ class Attached:
         seen = _signature(self._model)
         if seen != self._seen:
             try:
-                self._shape = _Shape.of(
-                    self._model, self._cache, self._cache_argument, self._tenant
+                self._shape = self._shared(
+                    _Shape.of(self._model, self._cache, self._cache_argument, self._tenant)
                 )
             except _NotCacheable as reason:
                 self._shape = reason
@@ -217,6 +226,17 @@ class Attached:
         if isinstance(self._shape, _NotCacheable):
             raise _NotCacheable(*self._shape.args)
         return self._shape
+
+    def _shared(self, shape: _Shape) -> _Shape:
+        """The same under the name that other engines know, while the model is what it was."""
+        self._attached_to = self._attached_to or shape.namespace
+        changed = shape.namespace != self._attached_to or shape.namespace.adapter
+        if not self._share_as or changed:
+            return shape
+        config = self._model.config.get_text_config(decoder=True)
+        layout = shape.namespace.layout
+        namespace = shared_namespace(self._cache, self._share_as, config, layout)
+        return shape._replace(namespace=namespace)
 
     def _prompt(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, repeats: int = 1
@@ -516,7 +536,7 @@ class _Shape(NamedTuple):
             extra={
                 "class": type(model).__name__,
                 "attention": _attention(config),
-                "config": _digest(config),
+                "config": config_digest(config),
             },
         )
         return cls(namespace, [layer.keys.device for layer in layers])
@@ -626,12 +646,6 @@ def _rope_types(config: Any) -> set[str]:
     return found
 
 
-def _digest(config: Any) -> str:
-    fields = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    text = json.dumps(fields, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 def _tensors(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -668,7 +682,7 @@ def _signature(model: PreTrainedModel) -> object:
         [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)],
         _adapters(model),
         _attention(config),
-        _digest(config),
+        config_digest(config),
     )
 
 
