@@ -76,12 +76,11 @@ class Shape:
             raise ConfigError(f"blocks of {blocks} tokens, but hashes of {self.vllm_hashed}")
         if self.chunk % _unit(kv):
             raise ConfigError(
-                f"share_as: chunk_size {self.chunk} must be a multiple of vLLM's blocks of {_unit(kv)}"
+                f"share_as: chunk_size must be a multiple of vLLM's blocks of {_unit(kv)} tokens; "
+                f"found {self.chunk}"
             )
-        if self.share_as and (len(kv.kv_cache_groups) > 1 or parallel.world_size > 1):
-            raise ConfigError(
-                "share_as: only models of one KV cache group on one device are shared"
-            )
+        if self.share_as and (len(blocks) > 1 or parallel.world_size > 1):
+            raise ConfigError("share_as: expected one KV cache group on one device")
 
     def hashed_tokens(self, request: Request) -> int:
         """Tokens of a request that vLLM has hashed: none of them is a draft."""
@@ -192,14 +191,29 @@ def _bytes_per_token(kv: KVCacheConfig) -> int:
     )
 
 
-def adapter(lora: Any) -> str:
-    """A fingerprint of a LoRA's files: one name with other files shares nothing."""
-    if lora is None:
-        return ""
-    path = Path(lora.lora_path)
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return _digest([lora.lora_name, str(path), states])
+class Adapters:
+    """Fingerprints of the LoRA files that requests name: one name with other files shares nothing.
+
+    vLLM keeps an adapter in memory under its number, and reads the files again when it must or is
+    told to. Files that changed since the number was first seen may or may not be what it computes
+    with.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, str] = {}
+
+    def fingerprint(self, lora: Any) -> str | None:
+        """Of a request's adapter, "" without one; None where that is not known for sure."""
+        if lora is None:
+            return ""
+        path = Path(lora.lora_path)
+        files = sorted(path.iterdir()) if path.is_dir() else []
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        now = _digest([lora.lora_name, str(path), states])
+        if getattr(lora, "load_inplace", False):
+            self._seen[lora.lora_int_id] = now
+        known = self._seen.setdefault(lora.lora_int_id, now)
+        return known if known == now else None
 
 
 def _model_name(model: str) -> str:

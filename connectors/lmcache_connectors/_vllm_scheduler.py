@@ -26,7 +26,7 @@ from vllm.v1.request import Request
 
 from lmcache_connectors import _vllm_cache
 from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, chunk_ends
-from lmcache_connectors._vllm_identity import adapter
+from lmcache_connectors._vllm_identity import Adapters
 from lmcache_core import TierInfo, Workers
 
 log = logging.getLogger("vllm.lmcache_core")
@@ -89,6 +89,7 @@ class Scheduler:
         self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
         self._requests: dict[str, _Known] = {}
         self._loads: list[Chunks] = []
+        self._adapters = Adapters()
         self._epoch = ""
         self._weights = 0
         events = config.kv_events_config
@@ -105,10 +106,11 @@ class Scheduler:
 
     def begin(self, request: Request) -> None:
         """A request arrived: look its prefix up while it waits for its turn."""
-        reads = self._transfer.is_kv_consumer and not request.skip_reading_prefix_cache
-        known = _Known(request, reads, adapter(request.lora_request) + self._epoch)
-        if not self._shape.knows(request):
+        adapter = self._adapters.fingerprint(request.lora_request)
+        if adapter is None or not self._shape.knows(request):
             return
+        reads = self._transfer.is_kv_consumer and not request.skip_reading_prefix_cache
+        known = _Known(request, reads, adapter + self._epoch)
         self._requests[request.request_id] = known
         if reads:
             self._ask(known)

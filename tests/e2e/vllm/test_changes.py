@@ -1,0 +1,124 @@
+"""What changes what a prompt's KV is: weights, adapters, requests of other kinds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.vllm.conftest import BLOCK, engine
+from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> dict[str, Any]:
+    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
+    return {"chunk_size": BLOCK, "tiers": [tier]}
+
+
+def test_weights_that_are_loaded_anew_share_nothing_with_the_old_ones(
+    llama: Path, disk: dict[str, Any]
+) -> None:
+    """vLLM itself goes on using its own prefix cache then; whoever changes weights resets it."""
+    ids = prompt(200)
+    with engine(llama, disk) as llm:
+        answers(llm, ids)
+        flush(llm)
+        llm.collective_rpc("reload_weights")
+        answers(llm, prompt(40, 9))  # a step, in which the scheduler hears of it
+        forget(llm)
+        assert answers(llm, ids)[0][1] == 0
+        forget(llm)
+        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+
+
+def test_a_load_ordered_before_the_weights_changed_does_not_happen(
+    llama: Path, disk: dict[str, Any]
+) -> None:
+    """The very next request was looked up before the scheduler heard of the change."""
+    ids = prompt(200)
+    with engine(llama, disk) as llm:
+        cold = answers(llm, ids)[0][0]
+        forget(llm)
+        llm.collective_rpc("reload_weights")
+        ((tokens, _),) = answers(llm, ids)
+        assert tokens == cold
+        assert ("loaded", "disk") not in connector(llm)._scheduler._cache.engine.stats()
+
+
+def test_sleep_and_pause_reset_the_cache(llama: Path, disk: dict[str, Any]) -> None:
+    """vLLM's pause for new weights clears the connector's cache, too."""
+    ids = prompt(200)
+    with engine(llama, disk) as llm:
+        answers(llm, ids)
+        flush(llm)
+        core = llm.llm_engine.engine_core.engine_core
+        core._reset_caches()
+        assert answers(llm, ids)[0][1] == 0
+
+
+def lora(llama: Path, folder: Path, seed: int) -> Path:
+    """An adapter of random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def test_adapters_share_nothing_and_a_name_with_other_files_neither(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    one, two = lora(llama, tmp_path / "one", 1), lora(llama, tmp_path / "two", 2)
+    place = tmp_path / "adapter"
+    shutil.copytree(one, place)
+    ids = prompt(200)
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+
+    def ask(llm: Any, adapter: LoRARequest | None) -> tuple[list[int], int]:
+        (out,) = llm.generate(
+            [{"prompt_token_ids": ids}], GREEDY, lora_request=adapter, use_tqdm=False
+        )
+        return list(out.outputs[0].token_ids), out.num_cached_tokens
+
+    with engine(llama, disk, **options) as llm:
+        plain = ask(llm, None)[0]
+        adapted = ask(llm, LoRARequest("a", 1, str(place)))
+        assert adapted[1] == 0
+        assert adapted[0] != plain
+        forget(llm)
+        assert ask(llm, LoRARequest("a", 1, str(place))) == (adapted[0], 199 // BLOCK * BLOCK)
+        flush(llm)
+        shutil.rmtree(place)
+        shutil.copytree(two, place)
+        forget(llm)  # vLLM still has the old one; that is nobody's to say who looks at files only
+        assert ask(llm, LoRARequest("a", 1, str(place)))[1] == 0
+        flush(llm)
+    with engine(llama, disk, **options) as llm:
+        other = ask(llm, LoRARequest("a", 1, str(place)))
+        assert other[1] == 0
+        assert other[0] != adapted[0]
+        assert ask(llm, None) == (plain, 199 // BLOCK * BLOCK)
+
+
+def test_prompts_whose_logprobs_are_asked_for_are_computed(
+    llama: Path, disk: dict[str, Any]
+) -> None:
+    from vllm import SamplingParams
+
+    ids = prompt(200)
+    with engine(llama, disk) as llm:
+        answers(llm, ids)
+        forget(llm)
+        params = SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1, detokenize=False)
+        (out,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+        assert out.num_cached_tokens == 0
+        assert len(out.prompt_logprobs) == 200
