@@ -1,0 +1,146 @@
+"""Requests that do not go the straight way: aborted, speculated, of other kinds of attention."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.e2e.vllm.conftest import BLOCK, engine, saved
+from tests.e2e.vllm.test_connector import GREEDY, answers, flush, forget, prompt, redis, worker
+from tests.servers import Server
+
+__all__ = ["redis"]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> dict[str, Any]:
+    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
+    return {"chunk_size": BLOCK, "tiers": [tier]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_nothing_is_stored_on_top_of_what_did_not_come(
+    name: str, request: pytest.FixtureRequest, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """A load fails in its middle; what the request computes then serves later engines rightly."""
+    model = request.getfixturevalue(name)
+    short, long = prompt(300), [*prompt(300), *prompt(300, 1)]
+    with engine(model) as llm:
+        cold = answers(llm, long)[0][0]
+    with engine(model, disk) as llm:
+        answers(llm, short)
+        flush(llm)
+    for number, file in enumerate(sorted((tmp_path / "kv").glob("chunks/*/*"))):
+        if number % 3 == 0:
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+    with engine(model, disk) as llm:
+        assert answers(llm, long)[0][0] == cold
+        flush(llm)
+    with engine(model, disk) as llm:
+        assert answers(llm, long) == [(cold, 599 // BLOCK * BLOCK)]
+
+
+def test_a_request_that_is_aborted_while_its_kv_is_loaded(
+    llama: Path, redis: tuple[dict[str, Any], Server]
+) -> None:
+    extra, server = redis
+    extra["tiers"][0]["deadline"] = "3s"
+    ids = prompt(400)
+    with engine(llama, extra) as llm:
+        cold = answers(llm, ids)[0][0]
+        forget(llm)
+        core = llm.llm_engine
+        core.add_request("a", {"prompt_token_ids": ids}, GREEDY)
+        while not worker(llm)._worker._loads:
+            core.step()
+            if not worker(llm)._worker._loads:
+                server.freeze()
+        core.abort_request(["a"])
+        server.thaw()
+        for _ in range(100):
+            core.step()
+        assert answers(llm, ids)[0][0] == cold
+        assert not worker(llm)._worker._loads
+        forget(llm)  # all blocks are free
+
+
+def test_requests_of_different_priority(llama: Path, disk: dict[str, Any]) -> None:
+    prompts = [[*prompt(200), *prompt(60, n)] for n in range(1, 9)]
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    with engine(llama) as llm:
+        plain = [tokens for tokens, _ in answers(llm, *prompts)]
+    options = {"scheduling_policy": "priority", "max_num_seqs": 2, "num_gpu_blocks_override": 24,
+               "max_model_len": 320}  # fmt: skip
+    with engine(llama, disk, **options) as llm:
+        for _ in range(2):
+            outs = llm.generate(asked, GREEDY, priority=[n % 3 for n in range(8)], use_tqdm=False)
+            assert [list(out.outputs[0].token_ids) for out in outs] == plain
+            forget(llm)
+        assert outs[0].num_cached_tokens == 259 // BLOCK * BLOCK
+
+
+def test_speculation(llama: Path, tmp_path: Path) -> None:
+    """With n-grams of the prompt as drafts. In a process of its own: it changes what vLLM builds
+    in a process afterwards."""
+    script = f"""
+import sys
+from pathlib import Path
+from tests.e2e.vllm import test_requests
+test_requests.speculate(Path({str(llama)!r}), Path({str(tmp_path)!r}))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=240)
+
+
+def speculate(model: Path, folder: Path) -> None:
+    tier = {"backend": "disk", "path": str(folder / "kv"), "capacity": "1GiB"}
+    disk = {"chunk_size": BLOCK, "tiers": [tier]}
+    ids = prompt(30) * 8
+    long = SamplingParams(temperature=0, max_tokens=120, detokenize=False, ignore_eos=True)
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+
+    def run(llm: Any, tokens: list[int]) -> tuple[list[int], int]:
+        (out,) = llm.generate([{"prompt_token_ids": tokens}], long, use_tqdm=False)
+        return list(out.outputs[0].token_ids), out.num_cached_tokens
+
+    with engine(model) as llm:
+        plain, _ = run(llm, ids)
+        turn = [*ids, *plain, *prompt(20, 1)]
+        then, _ = run(llm, turn)
+    with engine(model, disk, speculative_config=ngram) as llm:
+        assert run(llm, ids)[0] == plain
+        forget(llm)
+        assert run(llm, ids) == (plain, 239 // BLOCK * BLOCK)
+        forget(llm)
+        tokens, reused = run(llm, turn)
+        assert tokens == then
+        assert reused >= 350 // BLOCK * BLOCK  # drafts that were refused are in no block
+
+
+def test_attention_with_a_latent_vector(disk: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSeek's MLA: one vector a token in place of keys and values."""
+    from transformers import DeepseekV2Config
+
+    config = DeepseekV2Config(
+        hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, kv_lora_rank=512, q_lora_rank=None,
+        qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, vocab_size=512,
+        max_position_embeddings=2048, n_group=1, topk_group=1,
+    )  # fmt: skip
+    model = saved(config, tmp_path / "deepseek")
+    ids = prompt(300)
+    with engine(model, dtype="bfloat16") as llm:
+        plain = answers(llm, ids)
+    with engine(model, disk, dtype="bfloat16") as llm:
+        assert answers(llm, ids) == plain
+        flush(llm)
+        print("blocks", llm.llm_engine.vllm_config.cache_config.block_size)
+    with engine(model, disk, dtype="bfloat16") as llm:
+        assert answers(llm, ids)[0][1] > 0
