@@ -59,7 +59,7 @@ class Zstd(BytesToBytes):
         if self.options.level > 1 or part.nbytes < BLOCK:
             return False
         step = part.nbytes // 16
-        sample = b"".join(part[n * step : n * step + BLOCK // 32] for n in range(16))
+        sample = b"".join(part[n * step : n * step + BLOCK // 64] for n in range(16))
         packed = b"".join(self._compressed([memoryview(sample)]))
         return len(packed) > len(sample) * (1 - GAIN)
 
