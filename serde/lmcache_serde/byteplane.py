@@ -47,6 +47,12 @@ RARE = 16
 _FLOATS = {"float32": 4, "float16": 2, "bfloat16": 2}
 _SECTIONS = (("base", "codes"), ("noise",), ("gaps", "values"))
 _CPU = torch.device("cpu")
+# Numbers as tensors: of any other, an operation on tensors first makes one, each time.
+_LOW = torch.tensor(15, dtype=torch.uint8, device=_CPU)
+_NIBBLE = torch.tensor(4, dtype=torch.uint8, device=_CPU)
+_MANTISSA = torch.tensor(7, dtype=torch.int16, device=_CPU)
+_BYTE = torch.tensor(8, dtype=torch.int16, device=_CPU)
+_NOISE = torch.tensor(-0x7F81, dtype=torch.int16, device=_CPU)  # sign, upper mantissa: 0x807f
 
 _Pieces = dict[str, torch.Tensor]
 """What a tensor is written as, by the names above."""
@@ -164,11 +170,11 @@ class _Work(NamedTuple):
     """Memory for what is made of a slice on the way. It is of the pool: what malloc hands out
     above some size has its pages faulted in each time, at several times the cost of the work."""
 
+    high: torch.Tensor
+    wide: torch.Tensor
     exponents: torch.Tensor
     codes: torch.Tensor
     mask: torch.Tensor
-    high: torch.Tensor
-    wide: torch.Tensor
 
 
 def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
@@ -176,10 +182,14 @@ def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
     if not slices:
         return
     shape = values[slices[0]].shape
-    dtypes = (torch.uint8, torch.uint8, torch.bool, torch.int16, torch.int16)
-    whole = [scratch(shape, dtype, _CPU) for dtype in dtypes]
-    for rows in slices:
-        yield _Work(*(tensor[: len(values[rows])] for tensor in whole))
+    size = shape.numel()
+    room = scratch((7 * size,), torch.uint8, _CPU)
+    high, wide = room[: 4 * size].view(torch.int16).view(2, *shape)
+    exponents, codes, mask = room[4 * size :].view(3, *shape)
+    work = _Work(high, wide, exponents, codes, mask.view(torch.bool))
+    yield from [work] * (len(slices) - 1)
+    rest = len(values) - slices[-1].start
+    yield _Work(*(tensor[:rest] for tensor in work))
 
 
 def _high(values: torch.Tensor, work: _Work) -> torch.Tensor:
@@ -194,14 +204,14 @@ def _noise(values: torch.Tensor, out: torch.Tensor, work: _Work) -> None:
         bits = values.view(torch.int32)
         out[1].copy_(bits >> 8)  # the cast keeps the low byte
         out[2].copy_(bits)
-    torch.bitwise_and(_high(values, work), -0x7F81, out=work.wide)  # sign, upper mantissa: 0x807f
-    torch.bitwise_right_shift(work.wide, 8, out=work.high)
+    torch.bitwise_and(_high(values, work), _NOISE, out=work.wide)
+    torch.bitwise_right_shift(work.wide, _BYTE, out=work.high)
     out[0].copy_(work.high.bitwise_or_(work.wide))
 
 
 def _exponents(values: torch.Tensor, base: torch.Tensor, work: _Work) -> None:
     """Fill `base`, the exponents, and as codes how far they are above it, modulo 256."""
-    torch.bitwise_right_shift(_high(values, work), 7, out=work.wide)
+    torch.bitwise_right_shift(_high(values, work), _MANTISSA, out=work.wide)
     exponents = work.exponents.copy_(work.wide)
     step = max(1, exponents.shape[1] // SAMPLE)
     typical = exponents[:, ::step].float().mean(dim=1, keepdim=True).round_()
@@ -212,7 +222,10 @@ def _exponents(values: torch.Tensor, base: torch.Tensor, work: _Work) -> None:
 def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Make codes of four bits; returns the places where they do not tell the exponent."""
     codes = work.codes.clamp_(max=ESCAPE).numpy()
-    return np.flatnonzero(np.equal(codes, ESCAPE, out=work.mask.numpy()))
+    eights = np.packbits(np.equal(codes, ESCAPE, out=work.mask.numpy()))
+    some = np.flatnonzero(eights != 0)  # few, which shortens the search
+    which, place = np.nonzero(np.unpackbits(eights[some]).reshape(-1, 8))
+    return some[which] * 8 + place
 
 
 def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
@@ -223,18 +236,18 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
     values = out.view(_rows(spec.shape))
     slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
-        codes, exponents = pieces["codes"][rows], work.exponents
+        codes = pieces["codes"][rows]
         if "gaps" in pieces:
             codes = _unpack(work.codes, codes)
-        work.wide.copy_(torch.add(codes, pieces["base"][rows], out=exponents))
+        work.wide.copy_(torch.add(codes, pieces["base"][rows], out=work.codes))
         part, noise = values[rows], pieces["noise"][:, rows]
         high = work.high if spec.dtype == "float32" else part.view(torch.int16)
         high.copy_(noise[0].view(torch.int8))  # extends the sign
-        high.bitwise_and_(-0x7F81).add_(work.wide, alpha=128)
+        high.bitwise_and_(_NOISE).add_(work.wide, alpha=128)
         if spec.dtype == "float32":
             _widen(part.view(torch.int32), high, noise[1:])
     if "gaps" in pieces:
-        _put_exponents(out, pieces["gaps"].cumsum(0), pieces["values"])
+        _put_exponents(out, pieces["gaps"].numpy().cumsum(), pieces["values"].numpy())
     return out
 
 
@@ -244,23 +257,25 @@ def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor) -> None:
     out.bitwise_or_(noise[0].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(noise[1])
 
 
-def _put_exponents(out: torch.Tensor, places: torch.Tensor, exponents: torch.Tensor) -> None:
+def _put_exponents(
+    out: torch.Tensor, places: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any]
+) -> None:
     """Write those that have no code."""
     wide = out.dtype == torch.float32
     integer, shift = (torch.int32, 23) if wide else (torch.int16, 7)
-    bits = out.view(integer).view(-1)
-    bits[places] = bits[places] & ~(0xFF << shift) | exponents.to(integer) << shift
+    bits = out.view(integer).view(-1).numpy()
+    bits[places] = bits[places] & ~(0xFF << shift) | exponents.astype(bits.dtype) << shift
 
 
 def _pack(out: torch.Tensor, codes: torch.Tensor) -> None:
     """[rows, tokens, channels] to [rows, tokens / 2, channels]; a missing last one is 0."""
     odd = codes[:, 1::2]
     out.copy_(codes[:, ::2])
-    out[:, : odd.shape[1]].bitwise_or_(odd * 16)  # faster than a shift
+    out[:, : odd.shape[1]].add_(odd, alpha=16)
 
 
 def _unpack(out: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     odd = out[:, 1::2]
-    torch.bitwise_and(packed, 15, out=out[:, ::2])
-    torch.bitwise_right_shift(packed[:, : odd.shape[1]], 4, out=odd)
+    torch.bitwise_and(packed, _LOW, out=out[:, ::2])
+    torch.bitwise_right_shift(packed[:, : odd.shape[1]], _NIBBLE, out=odd)
     return out
