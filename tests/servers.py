@@ -183,9 +183,9 @@ class Proxy:
                 if sock is client:
                     server.sendall(data)
                     continue
+                self.answered += len(data)  # before the client can look
                 client.sendall(self._changed(data, passed))
                 passed += len(data)
-                self.answered += len(data)
                 if self.cut_after is not None and passed >= self.cut_after:
                     return
                 if self.rate is not None:
