@@ -101,6 +101,21 @@ def answers(port: int, request: bytes, reply: bytes) -> Callable[[], None]:
     return ready
 
 
+def eventually(what: Callable[[], object]) -> None:
+    """Wait until `what` is true and raises nothing."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        failure: Exception | None = None
+        try:
+            if what():
+                return
+        except Exception as error:
+            failure = error
+        if time.monotonic() > end:
+            raise AssertionError(f"never became true: {what}") from failure
+        time.sleep(0.02)
+
+
 class Proxy:
     """A TCP proxy on a loopback port; what it does to the bytes that come back can be changed.
 

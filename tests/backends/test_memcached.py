@@ -18,13 +18,22 @@ import lmcache_core
 from lmcache_backends.memcached import MemcachedBackend, MemcachedOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
-from tests.backends.redis_servers import eventually
+from tests.backends.frames import (
+    LONG,
+    SHORT,
+    allocate,
+    everything,
+    get,
+    here,
+    key,
+    keys,
+    put,
+    value,
+    works,
+)
 from tests.certificates import Authority
-from tests.servers import Proxy, Server, answers, free_port, program, running
+from tests.servers import Proxy, Server, answers, eventually, free_port, program, running
 
-LONG = 20.0
-SHORT = 0.3
-"""Seconds of patience where a fault is to cost it."""
 MIB = 1 << 20
 
 
@@ -148,41 +157,6 @@ class TestMemcached(BackendConformance):
         return opener(port)
 
 
-def key(number: int) -> ChunkKey:
-    return ChunkKey(random.Random(number).randbytes(32))
-
-
-def keys(*numbers: int) -> list[ChunkKey]:
-    return [key(n) for n in numbers]
-
-
-def value(number: int, nbytes: int = 50_000) -> bytes:
-    return random.Random(number).randbytes(nbytes)
-
-
-def put(backend: StorageBackend, *numbers: int, nbytes: int = 50_000, timeout: float = LONG) -> int:
-    chain = keys(*numbers)
-    frames = [(k, [memoryview(value(n, nbytes))]) for n, k in zip(numbers, chain, strict=True)]
-    return backend.put(frames, chain, timeout)
-
-
-def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
-    got = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), timeout)
-    return {numbers[i]: b"".join(parts) for i, parts in got}
-
-
-def everything(backend: StorageBackend, *numbers: int, nbytes: int = 50_000) -> bool:
-    return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
-
-
-def works(backend: StorageBackend) -> bool:
-    try:
-        backend.ping(SHORT)
-    except (lmcache_core.StorageError, OSError):
-        return False
-    return True
-
-
 # Round trips and pieces
 
 
@@ -191,7 +165,7 @@ def test_a_lookup_is_one_round_trip_that_brings_no_values(proxy: Proxy) -> None:
     numbers = range(128)
     put(backend, *numbers, nbytes=20_000)
     trips, received = proxy.round_trips, proxy.answered
-    assert all(backend.contains(keys(*numbers), LONG))
+    assert all(here(backend, *numbers))
     assert proxy.round_trips == trips + 1
     assert proxy.answered - received < 128 * 10
     backend.close()
@@ -258,7 +232,7 @@ def test_pieces_that_do_not_belong_together_are_no_chunk(
         backend.delete([key(2)], LONG)
     else:
         assert get(backend, 1, 2, 3) == {1: value(1, 3 * MIB), 3: value(3, 3 * MIB)}
-    assert backend.contains(keys(1, 2, 3), LONG) == [True, False, True]
+    assert here(backend, 1, 2, 3) == [True, False, True]
     assert put(backend, 2, nbytes=3 * MIB) == 1
     assert everything(backend, 1, 2, 3, nbytes=3 * MIB)
 
@@ -286,7 +260,7 @@ def test_deployments_share_a_server_under_their_prefixes(port: int, raw: RawMemc
     raw.set("lmcache:not-a-key", "x")
     put(one, 1)
     put(two, 2)
-    assert one.contains(keys(1, 2), LONG) == [True, False]
+    assert here(one, 1, 2) == [True, False]
     assert [stored.key for stored in one.scan()] == [key(1)]
     assert [stored.key for stored in two.scan()] == [key(2)]
     one.close()
@@ -313,7 +287,7 @@ def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
     assert days <= {39, 40}
     short = opener(raw._port, ttl="200ms")()
     put(short, 3, nbytes=nbytes)
-    eventually(lambda: short.contains([key(3)], LONG) == [False])
+    eventually(lambda: here(short, 3) == [False])
     for backend in (plain, refreshing, long, short):
         backend.close()
 
@@ -354,7 +328,7 @@ def test_a_server_that_is_lost_loses_its_share_and_comes_back(
     assert 5 < len(lost) < 40
     getattr(server, fault)()
     began = time.monotonic()
-    found = backend.contains(keys(*range(60)), SHORT)
+    found = here(backend, *range(60), timeout=SHORT)
     assert [n for n in range(60) if not found[n]] == sorted(lost)
     assert time.monotonic() - began < SHORT + 0.5
     began = time.monotonic()
@@ -377,7 +351,7 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
         server.kill()
     for _ in range(3):
         with pytest.raises((lmcache_core.StorageError, OSError)):
-            backend.contains(keys(*range(60)), SHORT)
+            here(backend, *range(60), timeout=SHORT)
         assert not works(backend)
     for _, server in three:
         server.start()
@@ -395,9 +369,9 @@ def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Serv
     put(backend, 1)
     process.kill()
     with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
-        backend.contains([key(1)], SHORT)
+        here(backend, 1, timeout=SHORT)
     process.start()
-    assert backend.contains([key(1)], SHORT) == [False]
+    assert here(backend, 1, timeout=SHORT) == [False]
     process.kill()
     process.start()
     assert put(backend, 1) == 1
@@ -420,7 +394,7 @@ def test_kill_9_in_the_middle_of_a_load(server: tuple[int, Server]) -> None:
     backend = opener(port)()
     numbers = range(12)
     put(backend, *numbers, nbytes=900_000)
-    arriving = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), LONG)
+    arriving = backend.get(keys(*numbers), allocate, LONG)
     i, parts = next(arriving)
     process.kill()
     whole = {i: b"".join(parts)}
@@ -440,7 +414,7 @@ def test_a_frozen_server_costs_the_patience_and_then_works_again(
     put(backend, 1)
     process.freeze()
     for call in (
-        lambda: backend.contains([key(1)], SHORT),
+        lambda: here(backend, 1, timeout=SHORT),
         lambda: get(backend, 1, timeout=SHORT),
         lambda: put(backend, 2, nbytes=16 << 20, timeout=SHORT),
         lambda: backend.ping(SHORT),
@@ -477,9 +451,7 @@ def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str, nbytes: int) -> 
         got: dict[int, bytes] = {}
         patience = LONG if fault == "cut" else 0.05
         try:
-            for i, parts in backend.get(
-                keys(*range(4)), lambda n: memoryview(bytearray(n)), patience
-            ):
+            for i, parts in backend.get(keys(*range(4)), allocate, patience):
                 got[i] = b"".join(parts)
             assert len(got) == 4
         except (lmcache_core.StorageError, OSError):

@@ -18,13 +18,22 @@ import lmcache_core
 from lmcache_backends.redis import RedisBackend, RedisOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
-from tests.backends.redis_servers import cluster, eventually, redis_server, sentinels
+from tests.backends.frames import (
+    LONG,
+    SHORT,
+    allocate,
+    everything,
+    get,
+    here,
+    key,
+    keys,
+    put,
+    value,
+    works,
+)
+from tests.backends.redis_servers import cluster, redis_server, sentinels
 from tests.certificates import Authority
-from tests.servers import Proxy, Server, free_port, running
-
-LONG = 20.0
-SHORT = 0.3
-"""Seconds of patience where a fault is to cost it."""
+from tests.servers import Proxy, Server, eventually, free_port, running
 
 
 class RawRedis:
@@ -91,33 +100,6 @@ class TestRedis(BackendConformance):
         return opener(port)
 
 
-def key(number: int) -> ChunkKey:
-    return ChunkKey(random.Random(number).randbytes(32))
-
-
-def keys(*numbers: int) -> list[ChunkKey]:
-    return [key(n) for n in numbers]
-
-
-def value(number: int, nbytes: int = 50_000) -> bytes:
-    return random.Random(number).randbytes(nbytes)
-
-
-def put(backend: StorageBackend, *numbers: int, nbytes: int = 50_000, timeout: float = LONG) -> int:
-    chain = keys(*numbers)
-    frames = [(k, [memoryview(value(n, nbytes))]) for n, k in zip(numbers, chain, strict=True)]
-    return backend.put(frames, chain, timeout)
-
-
-def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
-    got = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), timeout)
-    return {numbers[i]: b"".join(parts) for i, parts in got}
-
-
-def everything(backend: StorageBackend, *numbers: int, nbytes: int = 50_000) -> bool:
-    return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
-
-
 @pytest.fixture
 def backend(port: int, client: stock.Redis) -> Iterator[RedisBackend]:
     with no_leaks():
@@ -134,7 +116,7 @@ def test_a_lookup_of_any_number_of_chunks_is_one_round_trip(proxy: Proxy) -> Non
     numbers = range(128)
     put(backend, *numbers, nbytes=100)
     before = proxy.round_trips
-    assert all(backend.contains(keys(*numbers), LONG))
+    assert all(here(backend, *numbers))
     assert proxy.round_trips == before + 1
     backend.delete(keys(*numbers), LONG)
     assert proxy.round_trips == before + 2
@@ -146,7 +128,7 @@ def test_values_are_neither_copied_nor_joined(backend: RedisBackend) -> None:
     nbytes = 8 << 20
     parts = [memoryview(value(1, nbytes // 2)), memoryview(value(2, nbytes // 2))]
     target = memoryview(bytearray(nbytes))
-    backend.contains([key(1)], LONG)
+    here(backend, 1)
     tracemalloc.start()
     backend.put([(key(1), parts)], [key(1)], LONG)
     ((_, got),) = backend.get([key(1)], lambda n: target[:n], LONG)
@@ -177,7 +159,7 @@ def test_deployments_share_a_server_under_their_prefixes(port: int, client: stoc
     client.set(f"lmcache:{key(9)}:more", "x")
     put(one, 1)
     put(two, 2)
-    assert one.contains(keys(1, 2), LONG) == [True, False]
+    assert here(one, 1, 2) == [True, False]
     assert [stored.key for stored in one.scan()] == [key(1)]
     assert [stored.key for stored in two.scan()] == [key(2)]
     assert client.exists(f"team-b:{key(2)}")
@@ -201,7 +183,7 @@ def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
     put(refreshing, 1)  # there already, and used
     assert client.pttl(name) > 80_000
     client.pexpire(name, 1)
-    eventually(lambda: plain.contains([key(1)], LONG) == [False])
+    eventually(lambda: here(plain, 1) == [False])
     plain.close()
     refreshing.close()
 
@@ -232,9 +214,9 @@ def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Serv
     put(backend, 1)
     process.kill()
     with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
-        backend.contains([key(1)], SHORT)
+        here(backend, 1, timeout=SHORT)
     process.start()
-    assert backend.contains([key(1)], SHORT) == [False]
+    assert here(backend, 1, timeout=SHORT) == [False]
     process.kill()
     process.start()
     assert put(backend, 1) == 1
@@ -258,7 +240,7 @@ def test_kill_9_in_the_middle_of_a_load_and_of_a_store(server: tuple[int, Server
     backend = opener(port)()
     numbers = range(12)
     put(backend, *numbers, nbytes=4 << 20)
-    arriving = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), LONG)
+    arriving = backend.get(keys(*numbers), allocate, LONG)
     i, parts = next(arriving)
     process.kill()
     whole = {i: b"".join(parts)}
@@ -275,7 +257,7 @@ def test_kill_9_in_the_middle_of_a_load_and_of_a_store(server: tuple[int, Server
     with pytest.raises((lmcache_core.StorageError, OSError)):
         backend.put([(key(1), Lazy(dying(), 2, 8 << 20))], [key(1)], LONG)  # type: ignore[list-item]
     process.start()
-    assert backend.contains([key(1)], LONG) == [False]
+    assert here(backend, 1) == [False]
     assert put(backend, *numbers) == 12
     assert everything(backend, *numbers)
     backend.close()
@@ -310,7 +292,7 @@ def test_a_frozen_server_costs_the_patience_and_then_works_again(
     put(backend, 1)
     process.freeze()
     for call in (
-        lambda: backend.contains([key(1)], SHORT),
+        lambda: here(backend, 1, timeout=SHORT),
         lambda: get(backend, 1, timeout=SHORT),
         lambda: put(backend, 2, nbytes=32 << 20, timeout=SHORT),
         lambda: backend.ping(SHORT),
@@ -322,7 +304,7 @@ def test_a_frozen_server_costs_the_patience_and_then_works_again(
             call()
         assert time.monotonic() - began < SHORT + 3.0  # 32 MiB may take 2 s more
     process.thaw()
-    eventually(lambda: backend_answers(backend, 1))
+    eventually(lambda: all(here(backend, 1, timeout=SHORT)))
     assert put(backend, 1, 3) == 2
     assert everything(backend, 1, 3)
     backend.close()
@@ -332,8 +314,8 @@ def test_a_paused_server_costs_the_patience(client: stock.Redis, backend: RedisB
     put(backend, 1)
     client.client_pause(700)
     with pytest.raises(TimeoutError):
-        backend.contains([key(1)], 0.1)
-    assert backend.contains([key(1)], LONG) == [True]
+        here(backend, 1, timeout=0.1)
+    assert here(backend, 1) == [True]
 
 
 def test_a_server_that_accepts_and_never_answers(server: tuple[int, Server]) -> None:
@@ -364,9 +346,7 @@ def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str) -> None:
         got: dict[int, bytes] = {}
         patience = LONG if fault == "cut" else 0.05
         try:
-            for i, parts in backend.get(
-                keys(*range(6)), lambda n: memoryview(bytearray(n)), patience
-            ):
+            for i, parts in backend.get(keys(*range(6)), allocate, patience):
                 got[i] = b"".join(parts)
             assert len(got) == 6
         except (lmcache_core.StorageError, OSError):
@@ -387,7 +367,7 @@ def test_garbage_is_an_error_or_stays_within_its_value(proxy: Proxy) -> None:
         proxy.garble_at = (chance.randrange(19_000), chance.randbytes(chance.choice((1, 2, 9))))
         got: dict[int, bytes] = {}
         try:
-            for i, parts in backend.get(keys(*range(6)), lambda n: memoryview(bytearray(n)), 0.2):
+            for i, parts in backend.get(keys(*range(6)), allocate, 0.2):
                 got[i] = b"".join(parts)
         except (lmcache_core.StorageError, OSError, MemoryError):
             pass
@@ -436,7 +416,7 @@ def test_a_server_that_evicts_makes_room_by_itself(tmp_path: Path) -> None:
         backend = opener(port)()
         for n in range(40):
             assert put(backend, n, nbytes=200_000) == 1
-        assert 0 < sum(backend.contains(keys(*range(40)), LONG)) < 20
+        assert 0 < sum(here(backend, *range(40))) < 20
         assert everything(backend, 39, nbytes=200_000)
         backend.close()
 
@@ -447,7 +427,7 @@ def test_a_value_larger_than_redis_takes_is_refused(
     monkeypatch.setattr("lmcache_backends.redis.LARGEST", 10_000)
     frames = [(key(n), [memoryview(value(n, n * 4000))]) for n in (1, 2, 3, 1)]
     assert backend.put(frames, keys(1, 2, 3), LONG) == 2
-    assert backend.contains(keys(1, 2, 3), LONG) == [True, True, False]
+    assert here(backend, 1, 2, 3) == [True, True, False]
 
 
 def test_a_replica_serves_loads_and_refuses_stores(tmp_path: Path) -> None:
@@ -458,7 +438,7 @@ def test_a_replica_serves_loads_and_refuses_stores(tmp_path: Path) -> None:
     ):
         writing, reading = opener(master)(), opener(replica)()
         put(writing, 1)
-        eventually(lambda: reading.contains([key(1)], LONG) == [True])
+        eventually(lambda: here(reading, 1) == [True])
         with pytest.raises(lmcache_core.StorageError, match="READONLY"):
             put(reading, 2)
         assert everything(reading, 1)
@@ -552,7 +532,7 @@ def test_tls_with_a_certificate_on_both_sides(tls: tuple[int, Authority]) -> Non
     backend = opener(url=f"rediss://localhost:{port}", tls=files)()
     assert put(backend, *range(4), nbytes=3 << 20) == 4
     assert everything(backend, *range(4), nbytes=3 << 20)
-    assert all(backend.contains(keys(*range(4)), LONG))
+    assert all(here(backend, *range(4)))
     backend.close()
     backend = opener(url=f"rediss://127.0.0.1:{port}", tls={**files, "check_hostname": False})()
     assert everything(backend, 1, nbytes=3 << 20)
@@ -591,7 +571,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         assert put(backend, 1) == 1
         assert everything(backend, 1)
         other = opener(url=f"unix://{path}")()
-        assert other.contains([key(1)], LONG) == [False]
+        assert here(other, 1) == [False]
         backend.close()
         other.close()
 
@@ -610,27 +590,12 @@ def test_a_failover_is_followed(tmp_path: Path) -> None:
                 eventually(lambda: copy.dbsize() == 2)
             master.kill()
             eventually(lambda: client.sentinel_get_master_addr_by_name("kv")[1] == replica)
-        eventually(lambda: pings(backend))  # all that a bypassed tier does
+        eventually(lambda: works(backend))  # all that a bypassed tier does
         assert everything(backend, 1, 2)
         eventually(lambda: put(backend, 3, timeout=SHORT) == 1)
         master.start()
         assert everything(backend, 1, 2, 3)
         backend.close()
-
-
-def pings(backend: StorageBackend) -> bool:
-    try:
-        backend.ping(SHORT)
-    except (lmcache_core.StorageError, OSError):
-        return False
-    return True
-
-
-def backend_answers(backend: StorageBackend, *numbers: int) -> bool:
-    try:
-        return all(backend.contains(keys(*numbers), SHORT))
-    except (lmcache_core.StorageError, OSError):
-        return False
 
 
 def test_a_service_that_the_sentinels_do_not_know(tmp_path: Path) -> None:
@@ -713,7 +678,7 @@ def test_a_slot_that_moves_is_followed(
     assert everything(backend, 1, 2, 3)  # still at home
     clients[home].execute_command("MIGRATE", "127.0.0.1", target, f"lmcache:{key(1)}", 0, 5000)
     assert everything(backend, 1, 2, 3)  # by ASK
-    assert backend.contains(keys(1, 2, 3), LONG) == [True] * 3
+    assert here(backend, 1, 2, 3) == [True] * 3
     assert backend._links._table[slot].port == home
     for port in (target, home, *nodes):
         clients[port].cluster("setslot", slot, "node", names[target])
@@ -735,34 +700,20 @@ def test_a_node_that_dies_and_comes_back(tmp_path: Path) -> None:
         _, process = nodes[0]
         process.kill()
         with pytest.raises((lmcache_core.StorageError, OSError)):
-            backend.contains(keys(*range(30)), SHORT)
+            here(backend, *range(30), timeout=SHORT)
         with pytest.raises((lmcache_core.StorageError, OSError)):
             backend.ping(SHORT)
         process.start()
-        eventually(lambda: backend_finds(backend, 30))
-        eventually(lambda: put_works(backend, 30))
+        eventually(lambda: any(here(backend, *range(30), timeout=SHORT)))
+        eventually(lambda: put(backend, *range(30), timeout=SHORT) == 30)
         assert everything(backend, *range(30))
         backend.close()
-
-
-def backend_finds(backend: StorageBackend, count: int) -> bool:
-    try:
-        return any(backend.contains(keys(*range(count)), SHORT))
-    except (lmcache_core.StorageError, OSError):
-        return False
-
-
-def put_works(backend: StorageBackend, count: int) -> bool:
-    try:
-        return put(backend, *range(count), timeout=SHORT) == count
-    except (lmcache_core.StorageError, OSError):
-        return False
 
 
 def test_a_cluster_that_is_taken_for_a_server_says_what_to_do(nodes: list[int]) -> None:
     backend = opener(nodes[0])()
     with pytest.raises(lmcache_core.StorageError, match="cluster: true"):
-        backend.contains(keys(*range(10)), LONG)
+        here(backend, *range(10))
     backend.close()
 
 
