@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import os
 import re
 import secrets
 import ssl
@@ -28,22 +27,13 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr, model_validator
 from pymemcache.client.base import Client
 
-from lmcache_backends._wire import (
-    Address,
-    Buffer,
-    Expiry,
-    Lane,
-    Pool,
-    Prefix,
-    Refused,
-    Tls,
-    Wire,
-)
+from lmcache_backends._options import Address, Expiry, Login, Prefix, Tls, from_environment
+from lmcache_backends._wire import Buffer, Lane, Pool, Refused, Wire
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -98,8 +88,7 @@ class Url(NamedTuple):
     """What a url says."""
 
     hosts: tuple[Address, ...]
-    username: str
-    password: str
+    login: Login
 
 
 def parse_url(text: str) -> Url:
@@ -108,10 +97,9 @@ def parse_url(text: str) -> Url:
         parts = urlsplit(text)
         if parts.scheme != "memcached" or parts.query or parts.fragment:
             raise ValueError
-        login, _, place = parts.netloc.rpartition("@")
-        username, _, password = login.partition(":")
+        login, place = Login.parse(parts.netloc)
         if place and parts.path in ("", "/"):
-            hosts = tuple(_address(host) for host in place.split(","))
+            hosts = tuple(Address.parse(host, 11211) for host in place.split(","))
         elif parts.path and not place:
             hosts = (Address(parts.path, 0),)
         else:
@@ -120,14 +108,7 @@ def parse_url(text: str) -> Url:
         raise ValueError(
             "expected memcached://[user[:password]@]host[:port][,host...] or memcached:///path"
         ) from None
-    return Url(hosts, unquote(username), unquote(password))
-
-
-def _address(text: str) -> Address:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname or parts.path:
-        raise ValueError
-    return Address(parts.hostname, parts.port or 11211)
+    return Url(hosts, login)
 
 
 class Server(Wire):
@@ -597,13 +578,10 @@ class _Dial:
     """Makes connections as the options say."""
 
     def __init__(self, options: MemcachedOptions, url: Url) -> None:
-        password = url.password
-        if options.password_env is not None:
-            if options.password_env not in os.environ:
-                raise ConfigError(f"the environment variable {options.password_env} is not set")
-            password = os.environ[options.password_env]
-        self._login = f"{url.username} {password}".encode() if url.username or password else b""
-        self._tls = None if options.tls is None else _context(options.tls)
+        username, password = url.login
+        password = from_environment(options.password_env) or password
+        self._login = f"{username} {password}".encode() if username or password else b""
+        self._tls = None if options.tls is None else options.tls.context()
 
     def __call__(self, address: Address, timeout: float) -> Server:
         """A connection that is logged in. Raises Refused where the server says no."""
@@ -645,17 +623,6 @@ class _Dial:
                 raise Refused(f"{server.address}: {line.decode(errors='replace')}")
         if server.limit <= 0:
             raise StorageError(f"{server.address}: does not say how large an item may be")
-
-
-def _context(tls: Tls) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
-    context.check_hostname = tls.check_hostname
-    return context
 
 
 def _cut(parts: Parts, begin: int, end: int) -> Iterator[memoryview]:

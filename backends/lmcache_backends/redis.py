@@ -13,14 +13,13 @@ Which chunks stay is the server's affair (`maxmemory-policy`); a `ttl` is ours.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import ssl
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import redis
 from pydantic import Field, SecretStr, model_validator
@@ -28,7 +27,8 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from lmcache_backends._wire import Address, Buffer, Expiry, Lane, Pool, Prefix, Refused, Tls, Wire
+from lmcache_backends._options import Address, Expiry, Login, Prefix, Tls, from_environment
+from lmcache_backends._wire import Buffer, Lane, Pool, Refused, Wire
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -96,8 +96,7 @@ class Url(NamedTuple):
 
     scheme: str
     hosts: tuple[Address, ...]
-    username: str | None
-    password: str | None
+    login: Login
     db: int
 
 
@@ -106,14 +105,13 @@ def parse_url(text: str) -> Url:
     try:
         parts = urlsplit(text)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-        login, _, place = parts.netloc.rpartition("@")
-        username, _, password = login.partition(":")
+        login, place = Login.parse(parts.netloc)
         path = parts.path
         if parts.scheme == "unix":
             hosts: tuple[Address, ...] = (Address(place + path, 0),)
             path = ""
         elif parts.scheme in ("redis", "rediss"):
-            hosts = tuple(_address(host) for host in place.split(","))
+            hosts = tuple(Address.parse(host, 6379) for host in place.split(","))
         else:
             raise ValueError
         db = int(query.pop("db", None) or path.strip("/") or 0)
@@ -123,14 +121,7 @@ def parse_url(text: str) -> Url:
         raise ValueError(
             "expected redis://[user[:password]@]host[:port][/db], rediss://... or unix://path"
         ) from None
-    return Url(parts.scheme, hosts, unquote(username) or None, unquote(password) or None, db)
-
-
-def _address(text: str) -> Address:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname or parts.path:
-        raise ValueError
-    return Address(parts.hostname, parts.port or 6379)
+    return Url(parts.scheme, hosts, login, db)
 
 
 class RedisBackend(StorageBackend):
@@ -478,9 +469,13 @@ class _Dial:
         elif url.scheme == "rediss":
             self._class = redis.SSLConnection
             self._settings |= _tls(options.tls)
-        password = _from_environment(options.password_env) or url.password
-        self._master = {"db": url.db, "username": url.username, "password": password}
-        self._sentinel = {"password": _from_environment(options.sentinel_password_env)}
+        password = from_environment(options.password_env) or url.login.password
+        self._master = {
+            "db": url.db,
+            "username": url.login.username or None,
+            "password": password or None,
+        }
+        self._sentinel = {"password": from_environment(options.sentinel_password_env) or None}
 
     def __call__(self, address: Address, timeout: float, *, sentinel: bool = False) -> Link:
         """A connection that is logged in. Raises Refused where the server says no."""
@@ -505,14 +500,6 @@ def _tls(tls: Tls) -> dict[str, Any]:
     paths = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key}
     files = {name: str(path) for name, path in paths.items() if path}
     return {**files, "ssl_cert_reqs": "required", "ssl_check_hostname": tls.check_hostname}
-
-
-def _from_environment(name: str | None) -> str | None:
-    if name is None:
-        return None
-    if name not in os.environ:
-        raise ConfigError(f"the environment variable {name} is not set")
-    return os.environ[name]
 
 
 def _translated(error: Exception, address: Address) -> Exception:

@@ -28,7 +28,6 @@ import contextlib
 import queue
 import random
 import re
-import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
@@ -53,7 +52,8 @@ from botocore.exceptions import (
 from botocore.handlers import add_expect_header
 from pydantic import Field, SecretStr, model_validator
 
-from lmcache_backends._wire import SLOWEST, Tls
+from lmcache_backends._options import Tls
+from lmcache_backends._wire import SLOWEST
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -186,7 +186,7 @@ class S3Backend(StorageBackend):
     def __init__(self, options: S3Options) -> None:
         url = parse_url(options.url.get_secret_value())
         if options.tls != Tls():
-            _check_files(options.tls)
+            options.tls.context()  # the client library tells of its files at the first request
         self._options = options
         self._bucket, self._prefix = url.bucket, url.prefix
         self._conditional = True
@@ -610,16 +610,6 @@ class _Loop:
     def _run(self) -> None:
         self._loop.run_forever()
         self._loop.close()
-
-
-def _check_files(tls: Tls) -> None:
-    """Raises ConfigError for what cannot be read; the client library tells at the first request."""
-    try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key)
-    except OSError as error:
-        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
 
 
 def _result(job: Future[T]) -> T:
