@@ -452,13 +452,16 @@ def test_a_buffer_that_cannot_be_had_is_an_error(backend: S3Backend) -> None:
     assert get(backend, 1) == {1: value(1)}
 
 
-def test_a_few_large_frames_come_by_ranges_and_many_do_not(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of more than a thousand bytes count as large."""
     monkeypatch.setattr(s3, "_RANGE", 1000)
+
+
+@pytest.mark.usefixtures("short_ranges")
+def test_a_few_large_frames_come_by_ranges_and_many_do_not(
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
+) -> None:
     backend = opened(front.port, prefix, parallel=4)
     sizes = [0, 1, 999, 1000, 1001, 3000, 3001]
     frames = [(key(n), [memoryview(value(n, size))]) for n, size in enumerate(sizes)]
@@ -472,13 +475,10 @@ def test_a_few_large_frames_come_by_ranges_and_many_do_not(
     assert front.count("GET") == 7
 
 
+@pytest.mark.usefixtures("short_ranges")
 def test_ranges_of_two_versions_are_never_one_frame(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
 ) -> None:
-    monkeypatch.setattr(s3, "_RANGE", 1000)
     backend = opened(front.port, prefix)
     put(backend, 1, nbytes=3000)
     raw = RawObjects(f"http://127.0.0.1:{front.port}", prefix)
@@ -494,13 +494,10 @@ def test_ranges_of_two_versions_are_never_one_frame(
     assert get(backend, 1) == {1: value(2, 3000)}
 
 
+@pytest.mark.usefixtures("short_ranges")
 def test_a_server_without_ranges_sends_it_all(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
 ) -> None:
-    monkeypatch.setattr(s3, "_RANGE", 1000)
     backend = opened(front.port, prefix, PUBLIC, "", anonymous=True)
     put(backend, 1, nbytes=3000)
 
