@@ -446,7 +446,7 @@ def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str, nbytes: int) -> 
     chance = random.Random(1)
     offsets = [*range(1, 40, 5), *(chance.randrange(4 * nbytes + 2000) for _ in range(12))]
     for offset in offsets[:: 1 if fault == "cut" else 4]:
-        backend._pool.distrust(address)
+        backend._servers.pool.distrust(address)
         setattr(proxy, f"{fault}_after", offset)
         got: dict[int, bytes] = {}
         patience = LONG if fault == "cut" else 0.05
