@@ -31,6 +31,7 @@ class Address(NamedTuple):
         parts = urlsplit(f"//{text}")
         if not parts.hostname or parts.path:
             raise ValueError
+        parts.hostname.encode("idna")  # as a resolver does; raises for what can be no name
         return cls(parts.hostname, parts.port or port)
 
 

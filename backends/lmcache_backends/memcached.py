@@ -121,8 +121,8 @@ class MemcachedBackend(StorageBackend):
             self.ping(OPEN_SECONDS)
         except Refused as error:
             raise ConfigError(f"url: {error}") from None
-        except Exception:  # down or slow: the tier finds out, and comes back by itself
-            pass
+        except (StorageError, OSError):
+            pass  # down or slow: the tier finds out, and comes back by itself
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         found = [False] * len(keys)

@@ -141,7 +141,9 @@ class RedisBackend(StorageBackend):
             self.ping(_OPEN_SECONDS)
         except Refused as error:
             raise ConfigError(f"url: {error}") from None
-        except Exception:  # down or slow: the tier finds out, and comes back by itself
+        except Exception:
+            # Down, slow, or no Redis, of which redis-py may make anything: a failure like one later
+            # on. The tier finds out, and comes back by itself.
             pass
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
@@ -374,7 +376,7 @@ class _Links:
                 return self._ask_seed(seed, timeout / len(self._seeds))
             except Refused:
                 raise
-            except Exception:
+            except Exception:  # whatever is wrong with this one, another may do
                 self._seeds.rotate(-1)
                 if left == 1:
                     raise
@@ -420,7 +422,7 @@ class _Links:
                 lane.wire.begin(timeout)
                 lane.fill()
             yield lanes
-        except Exception:
+        except Exception:  # a caller that stops listening is none: what is idle stays good
             self.distrust()
             raise
         finally:

@@ -199,7 +199,9 @@ class S3Backend(StorageBackend):
                 self.close()
                 raise ConfigError(problem) from None
         except Exception:
-            pass  # down or slow: the tier finds out, and comes back by itself
+            # Down, slow, or no S3, of which aiobotocore may make anything: a failure like one later
+            # on. The tier finds out, and comes back by itself.
+            pass
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         return self._loop.call(self._find(keys, _Patience(timeout)))
@@ -445,7 +447,7 @@ class S3Backend(StorageBackend):
             client_cert=(files if len(files) == 2 else files[0]) if files else None,
         )
         region = options.region or session.get_config_variable("region") or "us-east-1"
-        client = await session.create_client(
+        opening = session.create_client(
             "s3",
             region_name=region,
             endpoint_url=options.endpoint,
@@ -453,7 +455,11 @@ class S3Backend(StorageBackend):
             aws_secret_access_key=url.secret,
             verify=str(options.tls.ca) if options.tls.ca else None,
             config=config,
-        ).__aenter__()
+        )
+        try:
+            client = await opening.__aenter__()
+        except ValueError as error:  # an endpoint that is none
+            raise Mistake(str(error)) from None
         # A server that never says "100 Continue" would be waited for, and others cost a round trip.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client

@@ -597,6 +597,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         ("redis://host", {}),
         ("memcached://", {}),
         ("memcached://host:port", {}),
+        ("memcached://u:s3cret@host,a..host", {}),
         ("memcached://host/path", {}),
         ("memcached://host?x=1", {}),
         ("memcached://u:s3cret@host", {"refresh": True}),

@@ -729,6 +729,7 @@ def test_a_cluster_that_is_taken_for_a_server_says_what_to_do(nodes: list[int]) 
         ("redis://host/zero", {}),
         ("redis://host?db=1&timeout=3", {}),
         ("redis://host:70000", {}),
+        ("redis://:s3cret@a..host", {}),
         ("redis://s3cret@one,two", {}),
         ("redis://:s3cret@host/1", {"cluster": True}),
         ("redis://:s3/cret@host", {}),
