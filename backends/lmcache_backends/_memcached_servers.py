@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from pymemcache.client.base import Client
 
-from lmcache_backends._options import Address
+from lmcache_backends._options import Address, Login
 from lmcache_backends._wire import Buffer, Lane, Pool, Refused, Wire
 from lmcache_core import ChunkKey, StorageError, Workers
 
@@ -39,10 +39,11 @@ _ITEM_OVERHEAD = 512
 class Dial:
     """Makes connections that are logged in, and notes what the servers take."""
 
-    def __init__(self, login: bytes, tls: ssl.SSLContext | None) -> None:
+    def __init__(self, login: Login, tls: ssl.SSLContext | None) -> None:
         self.limits: dict[Address, int] = {}
         """Bytes of the largest value that each server took when it was last connected to."""
-        self._login, self._tls = login, tls
+        self._login = " ".join(login).encode() if any(login) else b""
+        self._tls = tls
 
     def __call__(self, address: Address, timeout: float) -> Wire:
         """A connection. Raises Refused where the server says no."""

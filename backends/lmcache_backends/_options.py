@@ -48,6 +48,10 @@ class Login(NamedTuple):
         username, _, password = login.partition(":")
         return cls(unquote(username), unquote(password)), rest
 
+    def with_password_of(self, variable: str | None) -> Login:
+        """The same, but for the password that an environment variable holds, if one is named."""
+        return self._replace(password=from_environment(variable) or self.password)
+
 
 def from_environment(name: str | None) -> str:
     """A password that a variable holds; "" where no variable is named."""

@@ -33,7 +33,7 @@ from lmcache_backends._memcached_servers import (
     one_line,
     value_follows,
 )
-from lmcache_backends._options import Address, Expiry, Login, Prefix, Tls, from_environment
+from lmcache_backends._options import Address, Expiry, Login, Prefix, Tls
 from lmcache_backends._wire import Buffer, Lane, Refused, Wire
 from lmcache_core import (
     Allocate,
@@ -112,9 +112,7 @@ class MemcachedBackend(StorageBackend):
         self._refresh = options.refresh
         self._ttl = options.ttl
         url = parse_url(options.url.get_secret_value())
-        username, password = url.login
-        password = from_environment(options.password_env) or password
-        login = f"{username} {password}".encode() if username or password else b""
+        login = url.login.with_password_of(options.password_env)
         tls = None if options.tls is None else options.tls.context()
         self._servers = Servers(url.hosts, Dial(login, tls))
         try:

@@ -341,7 +341,7 @@ def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str) -> None:
     chance = random.Random(1)
     offsets = [*range(12), *(chance.randrange(20_000) for _ in range(20 if fault == "cut" else 4))]
     for offset in offsets:
-        backend._links.distrust()
+        backend._servers.distrust()
         setattr(proxy, f"{fault}_after", offset)
         got: dict[int, bytes] = {}
         patience = LONG if fault == "cut" else 0.05
@@ -363,7 +363,7 @@ def test_garbage_is_an_error_or_stays_within_its_value(proxy: Proxy) -> None:
     put(backend, *range(6), nbytes=3000)
     chance = random.Random(2)
     for _ in range(150):
-        backend._links.distrust()
+        backend._servers.distrust()
         proxy.garble_at = (chance.randrange(19_000), chance.randbytes(chance.choice((1, 2, 9))))
         got: dict[int, bytes] = {}
         try:
@@ -670,7 +670,7 @@ def test_a_slot_that_moves_is_followed(
     put(backend, 1, 2, 3)
     slot = slot_of(1)
     clients = {port: stock.Redis(port=port, protocol=2) for port in nodes}
-    home = backend._links._table[slot].port
+    home = backend._servers._table[slot].port
     target = next(port for port in nodes if port != home)
     names = {port: clients[port].cluster("myid").decode() for port in nodes}
     clients[target].cluster("setslot", slot, "importing", names[home])
@@ -679,11 +679,11 @@ def test_a_slot_that_moves_is_followed(
     clients[home].execute_command("MIGRATE", "127.0.0.1", target, f"lmcache:{key(1)}", 0, 5000)
     assert everything(backend, 1, 2, 3)  # by ASK
     assert here(backend, 1, 2, 3) == [True] * 3
-    assert backend._links._table[slot].port == home
+    assert backend._servers._table[slot].port == home
     for port in (target, home, *nodes):
         clients[port].cluster("setslot", slot, "node", names[target])
     assert everything(backend, 1, 2, 3)  # by MOVED
-    assert backend._links._table[slot].port == target
+    assert backend._servers._table[slot].port == target
     asked = clients[home].info("stats")["total_commands_processed"]
     backend.delete([key(1)], LONG)
     assert put(backend, 1) == 1
