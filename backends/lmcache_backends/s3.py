@@ -28,11 +28,8 @@ import contextlib
 import queue
 import random
 import re
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import aiohttp
@@ -52,8 +49,8 @@ from botocore.exceptions import (
 from botocore.handlers import add_expect_header
 from pydantic import Field, SecretStr, model_validator
 
+from lmcache_backends._loop import Loop, Patience, result, together
 from lmcache_backends._options import Tls
-from lmcache_backends._wire import SLOWEST
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -64,8 +61,6 @@ from lmcache_core import (
     StorageError,
     Stored,
 )
-
-T = TypeVar("T")
 
 _FIRST_WAVE, _WAVE = 16, 64
 """HEADs at a time: at first, and then."""
@@ -81,7 +76,6 @@ _SMALL = 16 << 10
 """Parts below this are joined, so that each does not cost a packet."""
 _OPEN_SECONDS = 1.0
 _SCAN_SECONDS = 10.0
-_CLOSE_SECONDS = 5.0
 _PAUSES = (0.05, 1.0)
 """Seconds before a request is tried again: at first, doubled up to the second."""
 _BUSY = {"SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "InternalError"}
@@ -122,7 +116,7 @@ class S3Options(Options):
     tls: Tls = Field(default_factory=Tls)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> S3Options:
+    def _fitstogether(self) -> S3Options:
         url = parse_url(self.url.get_secret_value())
         if self.anonymous and url.key_id:
             raise ValueError("expected either credentials in url or anonymous")
@@ -191,9 +185,9 @@ class S3Backend(StorageBackend):
         self._bucket, self._prefix = url.bucket, url.prefix
         self._conditional = True
         self._connecting: asyncio.Task[Any] | None = None
-        self._loop = _Loop("lmcache-s3")
+        self._loop = Loop("lmcache-s3")
         try:  # a list, for the answer to a HEAD would not tell the reason
-            self._loop.call(self._list({"MaxKeys": 1}, _Patience(_OPEN_SECONDS)))
+            self._loop.call(self._list({"MaxKeys": 1}, Patience(_OPEN_SECONDS)))
         except (Refused, Mistake) as error:
             if problem := self._problem(error):
                 self.close()
@@ -204,7 +198,7 @@ class S3Backend(StorageBackend):
             pass
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
-        return self._loop.call(self._find(keys, _Patience(timeout)))
+        return self._loop.call(self._find(keys, Patience(timeout)))
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
@@ -212,7 +206,7 @@ class S3Backend(StorageBackend):
         arrived: queue.SimpleQueue[tuple[int, Parts] | None] = queue.SimpleQueue()
         slots = asyncio.Semaphore(self._options.parallel)
         split = len(keys) < self._options.parallel
-        load = _Load(keys, allocate, _Patience(timeout), split, slots, arrived)
+        load = _Load(keys, allocate, Patience(timeout), split, slots, arrived)
         job = self._loop.submit(self._load(load))
         job.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -220,7 +214,7 @@ class S3Backend(StorageBackend):
                 yield item
                 del item
                 self._loop.soon(slots.release)
-            _result(job)
+            result(job)
         finally:
             job.cancel()
 
@@ -230,16 +224,16 @@ class S3Backend(StorageBackend):
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:
-        return self._loop.call(self._store(frames, _Patience(timeout)))
+        return self._loop.call(self._store(frames, Patience(timeout)))
 
     def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._loop.call(self._remove([self._name(key) for key in keys], _Patience(timeout)))
+        self._loop.call(self._remove([self._name(key) for key in keys], Patience(timeout)))
 
     def scan(self) -> Iterator[Stored]:
         name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
         more: dict[str, Any] = {}
         while True:
-            page = self._loop.call(self._list(more, _Patience(_SCAN_SECONDS)))
+            page = self._loop.call(self._list(more, Patience(_SCAN_SECONDS)))
             for entry in page.get("Contents", ()):
                 if match := name.fullmatch(entry["Key"]):
                     yield Stored(ChunkKey.parse(match[2]), entry["Size"])
@@ -248,7 +242,7 @@ class S3Backend(StorageBackend):
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def ping(self, timeout: float) -> None:
-        self._loop.call(self._knock(_Patience(timeout)))
+        self._loop.call(self._knock(Patience(timeout)))
 
     def close(self) -> None:
         self._loop.close(self._disconnect)
@@ -274,18 +268,18 @@ class S3Backend(StorageBackend):
 
     # On the loop
 
-    async def _find(self, keys: Sequence[ChunkKey], patience: _Patience) -> list[bool]:
+    async def _find(self, keys: Sequence[ChunkKey], patience: Patience) -> list[bool]:
         found: list[bool] = []
         async with patience:
             while len(found) < len(keys):
                 wave = keys[len(found) :][: _WAVE if found else _FIRST_WAVE]
-                answers = await _together(self._is_there(self._name(key), patience) for key in wave)
+                answers = await together(self._is_there(self._name(key), patience) for key in wave)
                 found += answers
                 if not any(answers):
                     break
         return found + [False] * (len(keys) - len(found))
 
-    async def _is_there(self, name: str, patience: _Patience) -> bool:
+    async def _is_there(self, name: str, patience: Patience) -> bool:
         try:
             await self._ask("head_object", patience, Key=name)
         except Refused as refused:
@@ -296,7 +290,7 @@ class S3Backend(StorageBackend):
 
     async def _load(self, load: _Load) -> None:
         async with load.patience:
-            await _together(self._load_one(load, i) for i in range(len(load.keys)))
+            await together(self._load_one(load, i) for i in range(len(load.keys)))
 
     async def _load_one(self, load: _Load, i: int) -> None:
         """A slot is taken here, and given back by whoever takes the frame."""
@@ -327,7 +321,7 @@ class S3Backend(StorageBackend):
                 self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
                 for at in range(here, nbytes, _RANGE)
             ]
-            await _together([_fill(buffer[:here], first["Body"], load.patience), *rest])
+            await together([_fill(buffer[:here], first["Body"], load.patience), *rest])
         return buffer
 
     async def _read_range(
@@ -340,7 +334,7 @@ class S3Backend(StorageBackend):
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
             await _fill(target, answer["Body"], load.patience)
 
-    async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: _Patience) -> int:
+    async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: Patience) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
 
         async def one(key: ChunkKey, parts: Parts) -> bool:
@@ -348,10 +342,10 @@ class S3Backend(StorageBackend):
                 return await self._store_one(self._name(key), parts, patience)
 
         async with patience:
-            stored = await _together(one(key, parts) for key, parts in frames)
+            stored = await together(one(key, parts) for key, parts in frames)
         return [*stored, False].index(False)
 
-    async def _store_one(self, name: str, parts: Parts, patience: _Patience) -> bool:
+    async def _store_one(self, name: str, parts: Parts, patience: Patience) -> bool:
         """False where the store is full."""
         try:
             if self._conditional and await self._put_if_absent(name, parts, patience):
@@ -365,7 +359,7 @@ class S3Backend(StorageBackend):
             raise
         return True
 
-    async def _put_if_absent(self, name: str, parts: Parts, patience: _Patience) -> bool:
+    async def _put_if_absent(self, name: str, parts: Parts, patience: Patience) -> bool:
         """False where the server does not understand the condition."""
         try:
             await self._put(name, parts, patience, IfNoneMatch="*")
@@ -376,17 +370,17 @@ class S3Backend(StorageBackend):
                 raise
         return True
 
-    async def _put(self, name: str, parts: Parts, patience: _Patience, **condition: str) -> None:
+    async def _put(self, name: str, parts: Parts, patience: Patience, **condition: str) -> None:
         body = _Body(parts, patience)
         size = {"ContentLength": body.nbytes}
         await self._ask("put_object", patience, Key=name, Body=body, **size, **condition)
 
-    async def _remove(self, names: Sequence[str], patience: _Patience) -> None:
+    async def _remove(self, names: Sequence[str], patience: Patience) -> None:
         async with patience:
             for at in range(0, len(names), _DELETES):
                 await self._remove_some(names[at : at + _DELETES], patience)
 
-    async def _remove_some(self, names: Sequence[str], patience: _Patience) -> None:
+    async def _remove_some(self, names: Sequence[str], patience: Patience) -> None:
         """In one request; one by one where the server knows none such, or wants an MD5 for it."""
         if len(names) > 1:
             batch = {"Objects": [{"Key": name} for name in names], "Quiet": True}
@@ -399,17 +393,17 @@ class S3Backend(StorageBackend):
                 for error in answer.get("Errors", ()):
                     raise Refused("delete_objects", 200, error.get("Code", "an error"))
                 return
-        await _together(self._ask("delete_object", patience, Key=name) for name in names)
+        await together(self._ask("delete_object", patience, Key=name) for name in names)
 
-    async def _list(self, more: dict[str, Any], patience: _Patience) -> Any:
+    async def _list(self, more: dict[str, Any], patience: Patience) -> Any:
         async with patience:
             return await self._ask("list_objects_v2", patience, Prefix=f"{self._prefix}/", **more)
 
-    async def _knock(self, patience: _Patience) -> None:
+    async def _knock(self, patience: Patience) -> None:
         async with patience:
             await self._ask("head_bucket", patience)
 
-    async def _ask(self, operation: str, patience: _Patience, **parameters: Any) -> Any:
+    async def _ask(self, operation: str, patience: Patience, **parameters: Any) -> Any:
         """A request, made again for as long as the server is busy and the call has patience."""
         pause, longest = _PAUSES
         with patience.waiting():
@@ -475,7 +469,7 @@ class _Load(NamedTuple):
 
     keys: Sequence[ChunkKey]
     allocate: Allocate
-    patience: _Patience
+    patience: Patience
     split: bool
     """Read a large frame by ranges, for connections are left over."""
     slots: asyncio.Semaphore
@@ -487,7 +481,7 @@ class _Body:
     """A frame's parts, sent from where they lie. The client library wants a `read`; none calls it,
     for aiohttp iterates."""
 
-    def __init__(self, parts: Parts, patience: _Patience) -> None:
+    def __init__(self, parts: Parts, patience: Patience) -> None:
         self.nbytes = sum(part.nbytes for part in parts)
         self._parts, self._patience = parts, patience
 
@@ -512,134 +506,11 @@ class _Body:
             yield small
 
 
-class _Patience:
-    """Ends what runs inside it after `timeout` seconds without progress.
-
-    Only time in which a request is under way counts, not that in which the caller is busy.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.reason = ""
-        """What the server said last, for the message."""
-        self._timeout = self._left = timeout
-        self._requests = 0
-
-    async def __aenter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._scope = asyncio.timeout(None)
-        await self._scope.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._scope.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            text = f"no answer within {self._timeout:.3g} s{self.reason}"
-            raise TimeoutError(text) from None
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A request is under way."""
-        self._requests += 1
-        if self._requests == 1:
-            self._end(self._loop.time() + self._left)
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            if self._requests == 0:
-                self._left = (self._scope.when() or 0.0) - self._loop.time()
-                self._end(None)
-
-    def moved(self, nbytes: int) -> None:
-        """So many bytes came or went."""
-        latest = self._loop.time() + self._timeout
-        self._end(min(latest, (self._scope.when() or latest) + nbytes / SLOWEST))
-
-    def _end(self, when: float | None) -> None:
-        if not self._scope.expired():
-            self._scope.reschedule(when)
-
-
-class _Loop:
-    """An event loop on a daemon thread."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run `work` there; cancelling the future cancels it."""
-        with self._lock:  # nothing may come after the end, for nobody would answer it
-            if not self._closed and self._thread.is_alive():  # it is not, in a forked child
-                return asyncio.run_coroutine_threadsafe(work, self._loop)
-        work.close()
-        raise StorageError("closed")
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns or raises."""
-        job = self.submit(work)
-        try:
-            return _result(job)
-        finally:
-            job.cancel()
-
-    def soon(self, work: Callable[[], object]) -> None:
-        """Call `work` there, unless all is over."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(work)
-
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel everything, run `last` and end the thread; one that hangs is left behind."""
-        with self._lock:
-            if not self._closed and self._thread.is_alive():
-                asyncio.run_coroutine_threadsafe(self._end(last), self._loop)
-            self._closed = True
-        self._thread.join(_CLOSE_SECONDS)
-
-    async def _end(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(last(), return_exceptions=True)
-        await self._loop.shutdown_default_executor()
-        self._loop.stop()
-
-    def _run(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
-
-
-def _result(job: Future[T]) -> T:
-    try:
-        return job.result()
-    except CancelledError:
-        raise StorageError("closed") from None
-
-
-async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all of them return, in order; the first error, after the others are cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
 def _range(start: int) -> str:
     return f"bytes={start}-{start + _RANGE - 1}"
 
 
-async def _fill(buffer: memoryview, body: Any, patience: _Patience) -> None:
+async def _fill(buffer: memoryview, body: Any, patience: Patience) -> None:
     """Read a body of just that size."""
     filled = 0
     while filled < buffer.nbytes:
