@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import re
 import socket
 import time
@@ -21,7 +20,6 @@ from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
     LONG,
     SHORT,
-    allocate,
     everything,
     get,
     here,
@@ -31,6 +29,7 @@ from tests.backends.frames import (
     value,
     works,
 )
+from tests.backends.remote import RemoteConformance
 from tests.certificates import Authority
 from tests.servers import Proxy, Server, answers, eventually, free_port, program, running
 
@@ -360,119 +359,12 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
     backend.close()
 
 
-# A server that is gone, frozen, slow
+# Servers that fail, and networks
 
 
-def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Server]) -> None:
-    port, process = server
-    backend = opener(port)()
-    put(backend, 1)
-    process.kill()
-    with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
-        here(backend, 1, timeout=SHORT)
-    process.start()
-    assert here(backend, 1, timeout=SHORT) == [False]
-    process.kill()
-    process.start()
-    assert put(backend, 1) == 1
-    assert everything(backend, 1)
-    backend.close()
-
-
-def test_a_server_that_is_down_at_first_is_used_when_it_comes() -> None:
-    port = free_port()
-    backend = opener(port)()
-    assert not works(backend)
-    with running(memcached_server(port)):
-        assert works(backend)
-        assert put(backend, 1) == 1
-    backend.close()
-
-
-def test_kill_9_in_the_middle_of_a_load(server: tuple[int, Server]) -> None:
-    port, process = server
-    backend = opener(port)()
-    numbers = range(12)
-    put(backend, *numbers, nbytes=900_000)
-    arriving = backend.get(keys(*numbers), allocate, LONG)
-    i, parts = next(arriving)
-    process.kill()
-    whole = {i: b"".join(parts)}
-    with pytest.raises((lmcache_core.StorageError, OSError)):
-        whole.update((i, b"".join(parts)) for i, parts in arriving)
-    assert all(got == value(numbers[i], 900_000) for i, got in whole.items())
-    process.start()
-    assert put(backend, *numbers) == 12
-    backend.close()
-
-
-def test_a_frozen_server_costs_the_patience_and_then_works_again(
-    server: tuple[int, Server],
-) -> None:
-    port, process = server
-    backend = opener(port)()
-    put(backend, 1)
-    process.freeze()
-    for call in (
-        lambda: here(backend, 1, timeout=SHORT),
-        lambda: get(backend, 1, timeout=SHORT),
-        lambda: put(backend, 2, nbytes=16 << 20, timeout=SHORT),
-        lambda: backend.ping(SHORT),
-        lambda: backend.touch([key(1)], SHORT),
-        lambda: backend.delete([key(1)], SHORT),
-    ):
-        began = time.monotonic()
-        with pytest.raises(TimeoutError):
-            call()
-        assert time.monotonic() - began < SHORT + 3.0
-    process.thaw()
-    eventually(lambda: works(backend))
-    assert put(backend, 1, 3) == 2
-    assert everything(backend, 1, 3)
-    backend.close()
-
-
-# A network that cuts, stalls and garbles
-
-
-@pytest.mark.parametrize("fault", ["cut", "stall"])
-@pytest.mark.parametrize("nbytes", [3000, 2 * MIB])
-def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str, nbytes: int) -> None:
-    """Whatever comes before the fault is right; what comes after it is an error, at once or after
-    the patience; and when the network is well again, so are we."""
-    backend = opener(proxy.port)()
-    address = backend._servers.all[0]
-    put(backend, *range(4), nbytes=nbytes)
-    chance = random.Random(1)
-    offsets = [*range(1, 40, 5), *(chance.randrange(4 * nbytes + 2000) for _ in range(12))]
-    for offset in offsets[:: 1 if fault == "cut" else 4]:
-        backend._servers.pool.distrust(address)
-        setattr(proxy, f"{fault}_after", offset)
-        got: dict[int, bytes] = {}
-        patience = LONG if fault == "cut" else 0.05
-        try:
-            for i, parts in backend.get(keys(*range(4)), allocate, patience):
-                got[i] = b"".join(parts)
-            assert len(got) == 4
-        except (lmcache_core.StorageError, OSError):
-            assert len(got) < 4
-        assert all(v == value(n, nbytes) for n, v in got.items())
-        proxy.heal()
-        assert everything(backend, *range(4), nbytes=nbytes)
-    backend.close()
-
-
-def test_a_line_that_is_too_slow_is_given_up(proxy: Proxy) -> None:
-    backend = opener(proxy.port)()
-    put(backend, 1, nbytes=900_000)
-    proxy.rate = 100_000.0
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        get(backend, 1, timeout=SHORT)
-    assert time.monotonic() - began < 2.0
-    proxy.heal()
-    assert everything(backend, 1, nbytes=900_000)
-    backend.close()
+class TestServersAndNetworks(RemoteConformance):
+    opener = staticmethod(opener)
+    encrypted = "memcached"
 
 
 # A server that refuses
@@ -549,33 +441,6 @@ def tls(tmp_path: Path) -> Iterator[tuple[int, Authority]]:
     server._ready = lambda: socket.create_connection(("127.0.0.1", port), 1.0).close()
     with running(server):
         yield port, authority
-
-
-def test_tls_with_a_certificate_on_both_sides(tls: tuple[int, Authority]) -> None:
-    port, authority = tls
-    mine = authority.issue("client")
-    files = {"ca": authority.ca, "cert": mine.cert, "key": mine.key}
-    backend = opener(url=f"memcached://localhost:{port}", tls=files)()
-    assert put(backend, *range(4), nbytes=3 * MIB) == 4
-    assert everything(backend, *range(4), nbytes=3 * MIB)
-    backend.close()
-    loose = {**files, "check_hostname": False}
-    backend = opener(url=f"memcached://127.0.0.1:{port}", tls=loose)()
-    assert everything(backend, 1, nbytes=3 * MIB)
-    backend.close()
-
-
-@pytest.mark.parametrize("wrong", ["ca", "host"])
-def test_a_server_that_cannot_be_trusted_is_a_config_error(
-    tls: tuple[int, Authority], tmp_path: Path, wrong: str
-) -> None:
-    port, authority = tls
-    mine = authority.issue("client")
-    ca = Authority(tmp_path, "stranger").ca if wrong == "ca" else authority.ca
-    host = "127.0.0.1" if wrong == "host" else "localhost"
-    files = {"ca": ca, "cert": mine.cert, "key": mine.key}
-    with no_leaks(), pytest.raises(ConfigError, match="CERTIFICATE_VERIFY_FAILED"):
-        opener(url=f"memcached://{host}:{port}", tls=files)()
 
 
 def test_a_unix_socket(tmp_path: Path) -> None:
