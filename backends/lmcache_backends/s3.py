@@ -24,33 +24,19 @@ cancelled there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
-import random
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-import aiohttp
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
 from botocore import UNSIGNED
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-    ValidationError,
-)
-from botocore.handlers import add_expect_header
 from pydantic import Field, SecretStr, model_validator
 
 from lmcache_backends._loop import Loop, Patience, result, together
 from lmcache_backends._options import Tls
+from lmcache_backends._s3_bucket import Bucket, Mistake, Refused, told
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -76,27 +62,11 @@ _SMALL = 16 << 10
 """Parts below this are joined, so that each does not cost a packet."""
 _OPEN_SECONDS = 1.0
 _SCAN_SECONDS = 10.0
-_PAUSES = (0.05, 1.0)
-"""Seconds before a request is tried again: at first, doubled up to the second."""
-_BUSY = {"SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "InternalError"}
-_BUSY |= {"ConditionalRequestConflict", "OperationAborted", "429", "503"}
-"""What a server says when the same request may work a moment later."""
 _FULL = {"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "507"}
 _FULL |= {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingContentMD5", "501"}
 """What a server says to a request that only others understand."""
 _FORBIDDEN = "is not for these credentials (needs ListBucket, GetObject, PutObject, DeleteObject)"
-_MISTAKES = (
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-    ValidationError,
-)
-"""What only another configuration helps against."""
-_LOADER = AioSession().get_component("data_loader")
-"""Keeps the description of S3's protocol, a megabyte to parse, for every backend."""
 
 
 class S3Options(Options):
@@ -156,22 +126,6 @@ def parse_url(text: str) -> Url:
     return Url(bucket, prefix, key_id and unquote(key_id), secret and unquote(secret))
 
 
-class Refused(StorageError):
-    """The server answered, and the answer is no."""
-
-    def __init__(self, operation: str, status: int, code: str) -> None:
-        super().__init__(f"{operation}: the server says {code} ({status})")
-        self.status, self.code = status, code
-
-    def says(self, codes: set[str]) -> bool:
-        """Whether this is one of `codes`: names, or statuses where there is no body to name it."""
-        return self.code in codes or str(self.status) in codes
-
-
-class Mistake(StorageError):
-    """Credentials or certificates are missing or wrong: trying again does not help."""
-
-
 class S3Backend(StorageBackend):
     """Frames as objects of a bucket."""
 
@@ -182,9 +136,8 @@ class S3Backend(StorageBackend):
         if options.tls != Tls():
             options.tls.context()  # the client library tells of its files at the first request
         self._options = options
-        self._bucket, self._prefix = url.bucket, url.prefix
+        self._bucket, self._prefix = Bucket(url.bucket, _settings(options, url)), url.prefix
         self._conditional = True
-        self._connecting: asyncio.Task[Any] | None = None
         self._loop = Loop("lmcache-s3")
         try:  # a list, for the answer to a HEAD would not tell the reason
             self._loop.call(self._list({"MaxKeys": 1}, Patience(_OPEN_SECONDS)))
@@ -245,13 +198,13 @@ class S3Backend(StorageBackend):
         self._loop.call(self._knock(Patience(timeout)))
 
     def close(self) -> None:
-        self._loop.close(self._disconnect)
+        self._loop.close(self._bucket.close)
 
     def _problem(self, error: Refused | Mistake) -> str:
         """What makes the configuration useless; "" where the server may work a moment later."""
         if isinstance(error, Mistake):
             return f"url: {error}"
-        bucket = f"url: the bucket {self._bucket!r}"
+        bucket = f"url: the bucket {self._bucket.name!r}"
         reasons = {
             404: "does not exist",
             403: _FORBIDDEN,
@@ -281,7 +234,7 @@ class S3Backend(StorageBackend):
 
     async def _is_there(self, name: str, patience: Patience) -> bool:
         try:
-            await self._ask("head_object", patience, Key=name)
+            await self._bucket.ask("head_object", patience, Key=name)
         except Refused as refused:
             if refused.status == 404:
                 return False
@@ -306,7 +259,7 @@ class S3Backend(StorageBackend):
         """The first range tells the size; what a large frame has beyond it is read beside it."""
         part = {"Range": _range(0)} if load.split else {}
         try:
-            first = await self._ask("get_object", load.patience, Key=name, **part)
+            first = await self._bucket.ask("get_object", load.patience, Key=name, **part)
         except Refused as refused:
             if refused.status == 416:  # what is empty has no first byte
                 return memoryview(b"")
@@ -328,7 +281,7 @@ class S3Backend(StorageBackend):
         self, name: str, at: int, target: memoryview, version: str, load: _Load
     ) -> None:
         part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
-        answer = await self._ask("get_object", load.patience, Key=name, **part)
+        answer = await self._bucket.ask("get_object", load.patience, Key=name, **part)
         async with answer["Body"]:
             if answer["ContentLength"] != target.nbytes:
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
@@ -373,7 +326,7 @@ class S3Backend(StorageBackend):
     async def _put(self, name: str, parts: Parts, patience: Patience, **condition: str) -> None:
         body = _Body(parts, patience)
         size = {"ContentLength": body.nbytes}
-        await self._ask("put_object", patience, Key=name, Body=body, **size, **condition)
+        await self._bucket.ask("put_object", patience, Key=name, Body=body, **size, **condition)
 
     async def _remove(self, names: Sequence[str], patience: Patience) -> None:
         async with patience:
@@ -385,7 +338,7 @@ class S3Backend(StorageBackend):
         if len(names) > 1:
             batch = {"Objects": [{"Key": name} for name in names], "Quiet": True}
             try:
-                answer = await self._ask("delete_objects", patience, Delete=batch)
+                answer = await self._bucket.ask("delete_objects", patience, Delete=batch)
             except Refused as refused:
                 if not refused.says(_UNKNOWN):
                     raise
@@ -393,75 +346,16 @@ class S3Backend(StorageBackend):
                 for error in answer.get("Errors", ()):
                     raise Refused("delete_objects", 200, error.get("Code", "an error"))
                 return
-        await together(self._ask("delete_object", patience, Key=name) for name in names)
+        await together(self._bucket.ask("delete_object", patience, Key=name) for name in names)
 
     async def _list(self, more: dict[str, Any], patience: Patience) -> Any:
         async with patience:
-            return await self._ask("list_objects_v2", patience, Prefix=f"{self._prefix}/", **more)
+            more = {"Prefix": f"{self._prefix}/", **more}
+            return await self._bucket.ask("list_objects_v2", patience, **more)
 
     async def _knock(self, patience: Patience) -> None:
         async with patience:
-            await self._ask("head_bucket", patience)
-
-    async def _ask(self, operation: str, patience: Patience, **parameters: Any) -> Any:
-        """A request, made again for as long as the server is busy and the call has patience."""
-        pause, longest = _PAUSES
-        with patience.waiting():
-            while True:
-                try:
-                    with _told(operation):
-                        client = await self._client()
-                        return await getattr(client, operation)(Bucket=self._bucket, **parameters)
-                except Refused as refused:
-                    if not refused.says(_BUSY):
-                        raise
-                    patience.reason = f"; {refused}"
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, longest)
-
-    async def _client(self) -> Any:
-        task = self._connecting
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = self._connecting = asyncio.create_task(self._connect())
-        return await asyncio.shield(task)  # a call that is late does not end it for others
-
-    async def _connect(self) -> Any:
-        options = self._options
-        url = parse_url(options.url.get_secret_value())
-        session = AioSession()
-        session.register_component("data_loader", _LOADER)
-        files = tuple(str(path) for path in (options.tls.cert, options.tls.key) if path)
-        config = AioConfig(
-            signature_version=UNSIGNED if options.anonymous else None,
-            s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"total_max_attempts": 1},
-            max_pool_connections=2 * max(options.parallel, _WAVE),
-            client_cert=(files if len(files) == 2 else files[0]) if files else None,
-        )
-        region = options.region or session.get_config_variable("region") or "us-east-1"
-        opening = session.create_client(
-            "s3",
-            region_name=region,
-            endpoint_url=options.endpoint,
-            aws_access_key_id=url.key_id,
-            aws_secret_access_key=url.secret,
-            verify=str(options.tls.ca) if options.tls.ca else None,
-            config=config,
-        )
-        try:
-            client = await opening.__aenter__()
-        except ValueError as error:  # an endpoint that is none
-            raise Mistake(str(error)) from None
-        # A server that never says "100 Continue" would be waited for, and others cost a round trip.
-        client.meta.events.unregister("before-call.s3", add_expect_header)
-        return client
-
-    async def _disconnect(self) -> None:
-        task = self._connecting
-        if task is not None and task.done() and not task.cancelled() and not task.exception():
-            await task.result().__aexit__(None, None, None)
+            await self._bucket.ask("head_bucket", patience)
 
 
 class _Load(NamedTuple):
@@ -506,6 +400,28 @@ class _Body:
             yield small
 
 
+def _settings(options: S3Options, url: Url) -> dict[str, Any]:
+    """The options as the client library takes them."""
+    files = tuple(str(path) for path in (options.tls.cert, options.tls.key) if path)
+    config = AioConfig(
+        signature_version=UNSIGNED if options.anonymous else None,
+        s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"total_max_attempts": 1},
+        max_pool_connections=2 * max(options.parallel, _WAVE),
+        client_cert=(files if len(files) == 2 else files[0]) if files else None,
+    )
+    return {
+        "region_name": options.region,
+        "endpoint_url": options.endpoint,
+        "aws_access_key_id": url.key_id,
+        "aws_secret_access_key": url.secret,
+        "verify": str(options.tls.ca) if options.tls.ca else None,
+        "config": config,
+    }
+
+
 def _range(start: int) -> str:
     return f"bytes={start}-{start + _RANGE - 1}"
 
@@ -514,25 +430,9 @@ async def _fill(buffer: memoryview, body: Any, patience: Patience) -> None:
     """Read a body of just that size."""
     filled = 0
     while filled < buffer.nbytes:
-        with _told("get_object"):
+        with told("get_object"):
             n = await body.readinto(buffer[filled:])
         if n == 0:
             raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
         patience.moved(n)
         filled += n
-
-
-@contextlib.contextmanager
-def _told(operation: str) -> Iterator[None]:
-    """What the client library raises, as errors of ours, which hold no secret."""
-    try:
-        yield
-    except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        code = error.response.get("Error", {}).get("Code", "an error")
-        raise Refused(operation, status, code) from None
-    except _MISTAKES as error:
-        raise Mistake(" ".join(str(error).split())) from None
-    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise StorageError(f"{operation}: {text or type(error).__name__}") from None
