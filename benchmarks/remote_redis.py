@@ -1,69 +1,31 @@
-"""Redis for bench-remote: bare loops over a socket, and redis-py as it comes."""
+"""Redis for bench-remote: a bare loop over a socket, and redis-py as it comes."""
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 import redis
+from remote_bare import Loop
 
 
-class Bare:
-    """One socket: recv_into and sendmsg loops that know what comes. Two values are under way."""
+class Bare(Loop):
+    """GET, SET and EXISTS."""
 
-    def __init__(self, port: int) -> None:
-        self._sock = socket.create_connection(("127.0.0.1", port))
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock.settimeout(20.0)
-        self._targets = [memoryview(bytearray(16 << 20)) for _ in range(4)]
-        self._small = memoryview(bytearray(64))
-        self._nbytes = 0
+    header = b"$%d\r\n"
+    taken = b"+OK\r\n"
+    there = b":1\r\n"
 
-    def load(self, names: Sequence[bytes]) -> None:
-        """GET every key into memory in use; all have the size that was stored last."""
-        header = len(b"$%d\r\n" % self._nbytes)
-        asks = [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names]
-        self._sock.sendall(b"".join(asks[:2]))
-        for number in range(len(names)):
-            self._fill(self._small[:header])
-            self._fill(self._targets[number % 4][: self._nbytes])
-            self._fill(self._small[:2])
-            if number + 2 < len(asks):
-                self._sock.sendall(asks[number + 2])
+    def get(self, name: bytes) -> bytes:
+        """GET."""
+        return b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)
 
-    def store(self, names: Sequence[bytes], value: bytes) -> None:
-        """SET every key to `value`."""
-        self._nbytes = len(value)
-        for number, name in enumerate(names):
-            if number >= 2:
-                self._fill(self._small[:5])
-            begin = b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, len(value))
-            self._send([memoryview(begin), memoryview(value), memoryview(b"\r\n")])
-        for _ in names[-2:]:
-            self._fill(self._small[:5])
+    def set(self, name: bytes, nbytes: int) -> bytes:
+        """SET."""
+        return b"*3\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (len(name), name, nbytes)
 
-    def lookup(self, names: Sequence[bytes]) -> None:
-        """EXISTS for every key, in one go."""
-        asks = [b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name) for name in names]
-        self._sock.sendall(b"".join(asks))
-        self._fill(self._targets[0][: 4 * len(names)])
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._sock.close()
-
-    def _fill(self, target: memoryview) -> None:
-        done = 0
-        while done < target.nbytes:
-            done += self._sock.recv_into(target[done:])
-
-    def _send(self, parts: list[memoryview]) -> None:
-        while parts:
-            sent = self._sock.sendmsg(parts)
-            while parts and sent >= parts[0].nbytes:
-                sent -= parts.pop(0).nbytes
-            if sent:
-                parts[0] = parts[0][sent:]
+    def has(self, name: bytes) -> bytes:
+        """EXISTS."""
+        return b"*2\r\n$6\r\nEXISTS\r\n$%d\r\n%b\r\n" % (len(name), name)
 
 
 class Stock:

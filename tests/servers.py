@@ -101,6 +101,21 @@ def answers(port: int, request: bytes, reply: bytes) -> Callable[[], None]:
     return ready
 
 
+def eventually(what: Callable[[], object]) -> None:
+    """Wait until `what` is true and raises nothing."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        failure: Exception | None = None
+        try:
+            if what():
+                return
+        except Exception as error:
+            failure = error
+        if time.monotonic() > end:
+            raise AssertionError(f"never became true: {what}") from failure
+        time.sleep(0.02)
+
+
 class Proxy:
     """A TCP proxy on a loopback port; what it does to the bytes that come back can be changed.
 
@@ -183,9 +198,9 @@ class Proxy:
                 if sock is client:
                     server.sendall(data)
                     continue
+                self.answered += len(data)  # before the client can look
                 client.sendall(self._changed(data, passed))
                 passed += len(data)
-                self.answered += len(data)
                 if self.cut_after is not None and passed >= self.cut_after:
                     return
                 if self.rate is not None:

@@ -1,5 +1,5 @@
-"""What the network backends share: options of a shared store, a socket with deadlines, connections
-to servers, and commands that follow each other on them without waiting."""
+"""What the network backends share: a socket with deadlines, connections to servers, and commands
+that follow each other on them without waiting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-from pydantic import Field, FilePath, model_validator
-
-from lmcache_core import Duration, Options, StorageError
+from lmcache_backends._options import Address
+from lmcache_core import StorageError
 
 SLOWEST = 16 << 20
 """Bytes a second: what moves slower than this counts as stuck, as it does for a tier."""
@@ -25,48 +24,11 @@ _KEPT = 16
 _SMALL = 16 << 10
 """Bytes of the buffer that replies are read through, and of parts that TLS sends together."""
 
-Prefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-"""What the keys of one deployment begin with, so that several share a server."""
-
 Buffer = bytes | memoryview
-
-
-class Address(NamedTuple):
-    """Of a server; a unix socket has a path and no port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}" if self.port else self.host
 
 
 class Refused(StorageError):
     """The server, or its certificate, says no: trying again does not help."""
-
-
-class Tls(Options):
-    """`ca`: a file of certificates to trust instead of the system's. `cert`, `key`: files of the
-    client's own certificate. `check_hostname`: whether the server's must name the host."""
-
-    ca: FilePath | None = None
-    cert: FilePath | None = None
-    key: FilePath | None = None
-    check_hostname: bool = True
-
-
-class Expiry(Options):
-    """`ttl`: after how long a chunk is forgotten; never unless given. `refresh`: a use begins it
-    anew."""
-
-    ttl: Duration | None = None
-    refresh: bool = False
-
-    @model_validator(mode="after")
-    def _ttl_to_refresh(self) -> Expiry:
-        if self.refresh and self.ttl is None:
-            raise ValueError("refresh needs a ttl")
-        return self
 
 
 class Wire:

@@ -1,4 +1,4 @@
-"""memcached: one server or several, each chunk on the one that rendezvous hashing gives.
+"""memcached: frames as items, on one server or spread over several.
 
     <prefix>:<64 hex digits>                        flags 0: a whole frame
                                                     flags 1: a head, "<version> <pieces> <bytes>"
@@ -15,35 +15,26 @@ leaves when memory is full is the server's affair; a `ttl` is ours.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
 import math
-import os
 import re
 import secrets
-import ssl
-import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
-from urllib.parse import unquote, urlsplit
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr, model_validator
-from pymemcache.client.base import Client
 
-from lmcache_backends._wire import (
-    Address,
-    Buffer,
-    Expiry,
-    Lane,
-    Pool,
-    Prefix,
-    Refused,
-    Tls,
-    Wire,
+from lmcache_backends._memcached_servers import (
+    MANY,
+    OPEN_SECONDS,
+    Dial,
+    Servers,
+    one_line,
+    value_follows,
 )
+from lmcache_backends._options import Address, Expiry, Login, Prefix, Tls
+from lmcache_backends._wire import Buffer, Lane, Refused, Wire
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -52,22 +43,12 @@ from lmcache_core import (
     StorageBackend,
     StorageError,
     Stored,
-    Workers,
 )
 
-log = logging.getLogger("lmcache_core")
-T = TypeVar("T")
-
-REST_SECONDS = 2.0
-"""How long a server that failed is left alone, while others serve."""
-_ITEM_OVERHEAD = 512
-"""Bytes of an item that its key, its header and the slab's own take, at most."""
 _AHEAD_BYTES = 512 << 10
 _FEW = 2
-_MANY = 4096
 _MONTH = 30 * 24 * 3600
 """Seconds from which on memcached takes an expiry for a date."""
-_OPEN_SECONDS = 1.0
 _SCAN_SECONDS = 10.0
 _END = b"\r\n"
 _HEAD = re.compile(rb"([0-9a-f]{16}) ([0-9]{1,6}) ([0-9]{1,12})")
@@ -98,8 +79,7 @@ class Url(NamedTuple):
     """What a url says."""
 
     hosts: tuple[Address, ...]
-    username: str
-    password: str
+    login: Login
 
 
 def parse_url(text: str) -> Url:
@@ -108,10 +88,9 @@ def parse_url(text: str) -> Url:
         parts = urlsplit(text)
         if parts.scheme != "memcached" or parts.query or parts.fragment:
             raise ValueError
-        login, _, place = parts.netloc.rpartition("@")
-        username, _, password = login.partition(":")
+        login, place = Login.parse(parts.netloc)
         if place and parts.path in ("", "/"):
-            hosts = tuple(_address(host) for host in place.split(","))
+            hosts = tuple(Address.parse(host, 11211) for host in place.split(","))
         elif parts.path and not place:
             hosts = (Address(parts.path, 0),)
         else:
@@ -120,21 +99,7 @@ def parse_url(text: str) -> Url:
         raise ValueError(
             "expected memcached://[user[:password]@]host[:port][,host...] or memcached:///path"
         ) from None
-    return Url(hosts, unquote(username), unquote(password))
-
-
-def _address(text: str) -> Address:
-    parts = urlsplit(f"//{text}")
-    if not parts.hostname or parts.path:
-        raise ValueError
-    return Address(parts.hostname, parts.port or 11211)
-
-
-class Server(Wire):
-    """A connection, and what the server behind it takes."""
-
-    limit: int
-    """Bytes of the largest value."""
+    return Url(hosts, login)
 
 
 class MemcachedBackend(StorageBackend):
@@ -147,14 +112,15 @@ class MemcachedBackend(StorageBackend):
         self._refresh = options.refresh
         self._ttl = options.ttl
         url = parse_url(options.url.get_secret_value())
-        self._servers = _Servers(url.hosts)
-        self._pool = Pool(_Dial(options, url))
+        login = url.login.with_password_of(options.password_env)
+        tls = None if options.tls is None else options.tls.context()
+        self._servers = Servers(url.hosts, Dial(login, tls))
         try:
-            self.ping(_OPEN_SECONDS)
+            self.ping(OPEN_SECONDS)
         except Refused as error:
             raise ConfigError(f"url: {error}") from None
-        except Exception:  # down or slow: the tier finds out, and comes back by itself
-            pass
+        except (StorageError, OSError):
+            pass  # down or slow: the tier finds out, and comes back by itself
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
         found = [False] * len(keys)
@@ -168,10 +134,10 @@ class MemcachedBackend(StorageBackend):
         names = self._names(keys)
         heads: dict[int, Head | None] = {}
 
-        def value(lane: Lane[Server], i: int, line: bytes) -> Parts | None:
+        def value(lane: Lane[Wire], i: int, line: bytes) -> Parts | None:
             if line.startswith(b"EN"):
                 return None
-            nbytes, flags = _size(lane.wire, line)
+            nbytes, flags = value_follows(lane.wire, line)
             lane.ahead = max(_FEW, _AHEAD_BYTES // max(nbytes, 1))
             buffer = allocate(nbytes)
             lane.wire.read_into(buffer)
@@ -183,7 +149,7 @@ class MemcachedBackend(StorageBackend):
 
         request = [b"mg %b v f\r\n" % name for name in names]
         places = self._places(keys)
-        for i, parts in self._batch(places, lambda i: [request[i]], value, _FEW, timeout):
+        for i, parts in self._servers.batch(places, lambda i: [request[i]], value, _FEW, timeout):
             if parts is not None:
                 yield i, parts
             del parts
@@ -203,15 +169,15 @@ class MemcachedBackend(StorageBackend):
         torn: set[int],
     ) -> Iterator[tuple[int, Parts]]:
         """Frames from their pieces; those that lack one are noted as `torn`."""
-        pieces = [(i, number) for i, head in heads.items() for number in range(head.pieces)]
+        pieces = _pieces(heads)
         buffers: dict[int, memoryview] = {}
 
-        def piece(lane: Lane[Server], n: int, line: bytes) -> bool:
+        def piece(lane: Lane[Wire], n: int, line: bytes) -> bool:
             i, number = pieces[n]
             begin, end = heads[i].span(number)
             if line.startswith(b"EN"):
                 return False
-            nbytes, _ = _size(lane.wire, line)
+            nbytes, _ = value_follows(lane.wire, line)
             if nbytes != end - begin:
                 raise StorageError(f"{lane.wire.address}: a piece of another size")
             if i not in buffers:
@@ -226,7 +192,7 @@ class MemcachedBackend(StorageBackend):
 
         left = {i: head.pieces for i, head in heads.items()}
         servers = [places[i] for i, _ in pieces]
-        for n, came in self._batch(servers, request, piece, _FEW, timeout):
+        for n, came in self._servers.batch(servers, request, piece, _FEW, timeout):
             i = pieces[n][0]
             left[i] -= 1
             if not came:
@@ -243,13 +209,13 @@ class MemcachedBackend(StorageBackend):
         keys = [key for key, _ in frames]
         names, places = self._names(keys), self._places(keys)
         sizes = [sum(part.nbytes for part in parts) for _, parts in frames]
-        limits = {address: self._limit(address, timeout) for address in dict.fromkeys(places)}
+        limits = {place: self._servers.limit(place, timeout) for place in set(places)}
         heads = {
             i: Head.fresh(size, limits[place])
             for i, (size, place) in enumerate(zip(sizes, places, strict=True))
             if size > limits[place] > 0
         }
-        there = self.contains([keys[i] for i in heads], timeout)
+        there = self.contains([keys[i] for i in heads], timeout)  # before their pieces are sent
         stored = {i for i, known in zip(heads, there, strict=True) if known}
         heads = {i: head for i, head in heads.items() if i not in stored}
         refused = self._put_pieces(frames, names, places, heads, timeout)
@@ -263,12 +229,13 @@ class MemcachedBackend(StorageBackend):
         todo = [i for i in range(len(frames)) if i not in refused | stored]
         unused: list[int] = []
         servers = [places[i] for i in todo]
-        for n, line in self._batch(servers, lambda n: value(todo[n]), _line, _FEW, timeout):
+        answers = self._servers.batch(servers, lambda n: value(todo[n]), one_line, _FEW, timeout)
+        for n, line in answers:
             if line.startswith((b"HD", b"NS")):
                 stored.add(todo[n])
             if line.startswith(b"NS") and todo[n] in heads:
                 unused.append(todo[n])
-        self._delete_pieces(names, places, {i: heads[i] for i in unused}, timeout)
+        self._each_piece(b"md %b", names, places, {i: heads[i] for i in unused}, timeout)
         self.touch(chain, timeout)
         return next((i for i in range(len(frames)) if i not in stored), len(frames))
 
@@ -281,7 +248,7 @@ class MemcachedBackend(StorageBackend):
         timeout: float,
     ) -> set[int]:
         """Write the pieces of frames that are too large; which of these were not taken."""
-        pieces = [(i, number) for i, head in heads.items() for number in range(head.pieces)]
+        pieces = _pieces(heads)
 
         def request(n: int) -> list[Buffer]:
             i, number = pieces[n]
@@ -291,7 +258,7 @@ class MemcachedBackend(StorageBackend):
 
         left = {i: head.pieces for i, head in heads.items()}
         servers = [places[i] for i, _ in pieces]
-        for n, line in self._batch(servers, request, _line, _FEW, timeout):
+        for n, line in self._servers.batch(servers, request, one_line, _FEW, timeout):
             left[pieces[n][0]] -= line.startswith(b"HD")
         return {i for i, count in left.items() if count}
 
@@ -300,15 +267,6 @@ class MemcachedBackend(StorageBackend):
         heads = self._heads(names, places, b"", timeout)
         for _ in self._lines(b"md %b", keys, timeout):
             pass
-        self._delete_pieces(names, places, heads, timeout)
-
-    def _delete_pieces(
-        self,
-        names: Sequence[bytes],
-        places: Sequence[Address],
-        heads: dict[int, Head],
-        timeout: float,
-    ) -> None:
         self._each_piece(b"md %b", names, places, heads, timeout)
 
     def _each_piece(
@@ -320,10 +278,10 @@ class MemcachedBackend(StorageBackend):
         timeout: float,
     ) -> None:
         """A command for every piece of some frames."""
-        pieces = [(i, number) for i, head in heads.items() for number in range(head.pieces)]
+        pieces = _pieces(heads)
         lines = [command % heads[i].name(names[i], number) + _END for i, number in pieces]
         servers = [places[i] for i, _ in pieces]
-        for _ in self._batch(servers, lambda n: [lines[n]], _line, _MANY, timeout):
+        for _ in self._servers.ask(servers, lines, timeout):
             pass
 
     def _heads(
@@ -337,7 +295,7 @@ class MemcachedBackend(StorageBackend):
         """Those of `names` that are heads; `flags` are given to memcached with the question."""
         ask = [b"mg %b s f %b\r\n" % (name, flags) for name in names]
         marked: list[int] = []
-        for i, line in self._batch(places, lambda i: [ask[i]], _line, _MANY, timeout):
+        for i, line in self._servers.ask(places, ask, timeout):
             if line.startswith(b"HD"):
                 words = line.split()
                 if sizes is not None:
@@ -346,10 +304,10 @@ class MemcachedBackend(StorageBackend):
                     marked.append(i)
         heads: dict[int, Head] = {}
 
-        def text(lane: Lane[Server], n: int, line: bytes) -> None:
+        def text(lane: Lane[Wire], n: int, line: bytes) -> None:
             if line.startswith(b"EN"):
                 return
-            nbytes, flags = _size(lane.wire, line)
+            nbytes, flags = value_follows(lane.wire, line)
             if nbytes > 100 or _HEAD_FLAG not in flags:
                 raise StorageError(f"{lane.wire.address}: a head that is none")
             buffer = memoryview(bytearray(nbytes))
@@ -361,7 +319,7 @@ class MemcachedBackend(StorageBackend):
 
         servers = [places[i] for i in marked]
         read = [b"mg %b v f\r\n" % names[i] for i in marked]
-        for _ in self._batch(servers, lambda n: [read[n]], text, _MANY, timeout):
+        for _ in self._servers.batch(servers, lambda n: [read[n]], text, MANY, timeout):
             pass
         return heads
 
@@ -386,7 +344,7 @@ class MemcachedBackend(StorageBackend):
         """The names of our chunks on one server."""
         pattern = re.compile(b"key=(" + re.escape(self._prefix) + b"[0-9a-f]{64}) ")
         names: list[bytes] = []
-        with self._pool.taken(address, _SCAN_SECONDS) as wire:
+        with self._servers.pool.taken(address, _SCAN_SECONDS) as wire:
             wire.begin(_SCAN_SECONDS)
             wire.send([b"lru_crawler metadump all\r\n"])
             while not (line := wire.line(b"\n")).startswith(b"END"):
@@ -401,13 +359,10 @@ class MemcachedBackend(StorageBackend):
         return names
 
     def ping(self, timeout: float) -> None:
-        places = self._servers.all
-        for _ in self._batch(places, lambda i: [b"mn\r\n"], _line, 1, timeout):
-            pass
+        self._servers.ping(timeout)
 
     def close(self) -> None:
         self._servers.close()
-        self._pool.close()
 
     def _names(self, keys: Sequence[ChunkKey]) -> list[bytes]:
         return [self._prefix + str(key).encode() for key in keys]
@@ -425,88 +380,12 @@ class MemcachedBackend(StorageBackend):
     def _set(self, name: bytes, nbytes: int, flags: bytes) -> bytes:
         return b"ms %b %d %b %b\r\n" % (name, nbytes, flags, self._expiry())
 
-    def _limit(self, address: Address, timeout: float) -> int:
-        """Bytes of the largest value that a server takes; 0 where it does not answer."""
-        try:
-            with self._pool.taken(address, timeout) as wire:
-                return wire.limit
-        except (StorageError, OSError):
-            return 0  # the batch finds out why
-
     def _lines(
         self, command: bytes, keys: Sequence[ChunkKey], timeout: float
     ) -> Iterator[tuple[int, bytes]]:
         """(index, answer) of a command whose answer is a line."""
         lines = [command % name + _END for name in self._names(keys)]
-        return self._batch(self._places(keys), lambda i: [lines[i]], _line, _MANY, timeout)
-
-    def _batch(
-        self,
-        places: Sequence[Address],
-        request: Callable[[int], Sequence[Buffer]],
-        answer: Callable[[Lane[Server], int, bytes], T],
-        ahead: int,
-        timeout: float,
-    ) -> Iterator[tuple[int, T]]:
-        """Send each request to its place, and yield (index, answer) as they come.
-
-        What a server that fails should have answered is left out; raises where all fail.
-        """
-        shares: dict[Address, list[int]] = defaultdict(list)
-        for i, place in enumerate(places):
-            shares[place].append(i)
-        lanes: deque[Lane[Server]] = deque()
-        failures: list[Exception] = []
-        try:
-            for address, share in shares.items():
-                try:
-                    wire = self._pool.take(address, timeout)
-                    lanes.append(Lane(wire, share, request, ahead))
-                    wire.begin(timeout)
-                    lanes[-1].fill()
-                except (StorageError, OSError) as error:
-                    failures.append(self._failed(lanes, address, error))
-            while lanes:
-                lane = lanes[0]
-                try:
-                    i, line = lane.next(timeout)
-                    got = answer(lane, i, line)
-                    lane.fill()
-                except (StorageError, OSError) as error:
-                    failures.append(self._failed(lanes, lane.wire.address, error))
-                    continue
-                self._turn(lanes)
-                yield i, got
-                del got
-        finally:
-            for lane in lanes:
-                lane.wire.close()
-        if failures and len(failures) == len(shares):
-            raise failures[0]
-
-    def _turn(self, lanes: deque[Lane[Server]]) -> None:
-        lane = lanes[0]
-        if not lane.is_done:
-            return lanes.rotate(-1)
-        lanes.popleft()
-        self._pool.give(lane.wire)
-        self._servers.works(lane.wire.address)
-
-    def _failed(self, lanes: deque[Lane[Server]], address: Address, error: Exception) -> Exception:
-        """Go on without this server."""
-        for lane in [lane for lane in lanes if lane.wire.address == address]:
-            lanes.remove(lane)
-            lane.wire.close()
-        self._pool.distrust(address)
-        self._servers.failed(address, error, lambda: self._probe(address))
-        text = str(error) if str(address) in str(error) else f"{address}: {error}"
-        return type(error)(text) if type(error) in (StorageError, TimeoutError) else error
-
-    def _probe(self, address: Address) -> None:
-        with self._pool.taken(address, _OPEN_SECONDS) as wire:
-            wire.begin(_OPEN_SECONDS)
-            wire.send([b"mn\r\n"])
-            wire.line()
+        return self._servers.ask(self._places(keys), lines, timeout)
 
 
 class Head(NamedTuple):
@@ -536,126 +415,9 @@ class Head(NamedTuple):
         return number * size, min(self.nbytes, (number + 1) * size)
 
 
-class _Servers:
-    """Which server has which key, and which are left alone for a while. Thread-safe.
-
-    Rendezvous hashing (Thaler and Ravishankar, 1998): the server with the highest hash of itself
-    and the key has it, so without one server only that one's keys move.
-    """
-
-    def __init__(self, addresses: Sequence[Address]) -> None:
-        self.all = list(addresses)
-        self._resting: set[Address] = set()
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._probes = Workers("memcached-probe", len(addresses))
-
-    def of(self, key: ChunkKey) -> Address:
-        """The server of a key."""
-        if len(self.all) == 1:
-            return self.all[0]
-        awake = [address for address in self.all if address not in self._resting] or self.all
-        return max(awake, key=lambda address: _score(address, key))
-
-    def failed(self, address: Address, error: Exception, probe: Callable[[], None]) -> None:
-        """Leave a server alone until a probe finds that it works."""
-        if len(self.all) == 1:
-            return
-        with self._lock:
-            if address in self._resting:
-                return
-            self._resting.add(address)
-        log.warning("memcached %s is left out: %s", address, error)
-        self._probes.submit(lambda: self._until_it_works(address, probe))
-
-    def _until_it_works(self, address: Address, probe: Callable[[], None]) -> None:
-        wait = REST_SECONDS / 8
-        while not self._closed.wait(wait):
-            wait = min(2 * wait, REST_SECONDS)
-            with contextlib.suppress(Exception):
-                probe()
-                return self.works(address)
-
-    def works(self, address: Address) -> None:
-        """A server answered."""
-        if address in self._resting:
-            with self._lock:
-                self._resting.discard(address)
-            log.warning("memcached %s is back", address)
-
-    def close(self) -> None:
-        """Probe no more."""
-        self._closed.set()
-        self._probes.close()
-
-
-def _score(address: Address, key: ChunkKey) -> bytes:
-    return hashlib.blake2b(key, digest_size=8, key=str(address).encode()[:64]).digest()
-
-
-class _Dial:
-    """Makes connections as the options say."""
-
-    def __init__(self, options: MemcachedOptions, url: Url) -> None:
-        password = url.password
-        if options.password_env is not None:
-            if options.password_env not in os.environ:
-                raise ConfigError(f"the environment variable {options.password_env} is not set")
-            password = os.environ[options.password_env]
-        self._login = f"{url.username} {password}".encode() if url.username or password else b""
-        self._tls = None if options.tls is None else _context(options.tls)
-
-    def __call__(self, address: Address, timeout: float) -> Server:
-        """A connection that is logged in. Raises Refused where the server says no."""
-        place = (address.host, address.port) if address.port else address.host
-        client = Client(
-            place, connect_timeout=timeout, timeout=timeout, no_delay=True, tls_context=self._tls
-        )
-        try:
-            client._connect()
-        except ssl.SSLError as error:
-            kind = StorageError if isinstance(error, ssl.SSLEOFError) else Refused
-            raise kind(f"{address}: {error}") from None
-        except TimeoutError:
-            raise TimeoutError(f"{address}: no connection within {timeout:.3g} s") from None
-        except OSError as error:
-            raise StorageError(f"{address}: {error}") from None
-        server = Server(client.sock, address)
-        try:
-            self._greet(server, timeout)
-        except BaseException:
-            server.close()
-            raise
-        return server
-
-    def _greet(self, server: Server, timeout: float) -> None:
-        """Log in, and ask how large an item may be."""
-        server.begin(timeout)
-        if self._login:
-            server.send([b"set auth 0 0 %d\r\n%b\r\n" % (len(self._login), self._login)])
-            line = server.line()
-            if line != b"STORED":
-                raise Refused(f"{server.address}: {line.decode(errors='replace')}")
-        server.send([b"stats settings\r\n"])
-        server.limit = 0
-        while (line := server.line()) != b"END":
-            if line.startswith(b"STAT item_size_max "):
-                server.limit = int(line.split()[2]) - _ITEM_OVERHEAD
-            elif not line.startswith(b"STAT "):
-                raise Refused(f"{server.address}: {line.decode(errors='replace')}")
-        if server.limit <= 0:
-            raise StorageError(f"{server.address}: does not say how large an item may be")
-
-
-def _context(tls: Tls) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=str(tls.ca) if tls.ca else None)
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
-    context.check_hostname = tls.check_hostname
-    return context
+def _pieces(heads: dict[int, Head]) -> list[tuple[int, int]]:
+    """Which frame, and which number in it, for every piece of these."""
+    return [(i, number) for i, head in heads.items() for number in range(head.pieces)]
 
 
 def _cut(parts: Parts, begin: int, end: int) -> Iterator[memoryview]:
@@ -675,18 +437,3 @@ def _parse_head(text: bytes) -> Head | None:
         return None
     head = Head(found[1], int(found[2]), int(found[3]))
     return head if 0 < head.pieces <= head.nbytes else None
-
-
-def _line(lane: Lane[Server], i: int, line: bytes) -> bytes:
-    """An answer of one line, unless it says that the server cannot."""
-    if line.startswith((b"HD", b"EN", b"NF", b"NS", b"MN")) or b"out of memory" in line.lower():
-        return line
-    raise StorageError(f"{lane.wire.address}: {line[:100].decode(errors='replace')}")
-
-
-def _size(wire: Server, line: bytes) -> tuple[int, list[bytes]]:
-    """Bytes and flags of a value that follows."""
-    words = line.split()
-    if len(words) >= 2 and words[0] == b"VA" and words[1].isdigit():
-        return int(words[1]), words[2:]
-    raise StorageError(f"{wire.address}: {line[:100].decode(errors='replace')}")

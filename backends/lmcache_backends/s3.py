@@ -24,36 +24,19 @@ cancelled there.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
-import random
 import re
-import ssl
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
-import aiohttp
 from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
 from botocore import UNSIGNED
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-    ValidationError,
-)
-from botocore.handlers import add_expect_header
 from pydantic import Field, SecretStr, model_validator
 
-from lmcache_backends._wire import SLOWEST, Tls
+from lmcache_backends._loop import Loop, Patience, result, together
+from lmcache_backends._options import Tls
+from lmcache_backends._s3_bucket import Bucket, Mistake, Refused, told
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -64,8 +47,6 @@ from lmcache_core import (
     StorageError,
     Stored,
 )
-
-T = TypeVar("T")
 
 _FIRST_WAVE, _WAVE = 16, 64
 """HEADs at a time: at first, and then."""
@@ -81,28 +62,11 @@ _SMALL = 16 << 10
 """Parts below this are joined, so that each does not cost a packet."""
 _OPEN_SECONDS = 1.0
 _SCAN_SECONDS = 10.0
-_CLOSE_SECONDS = 5.0
-_PAUSES = (0.05, 1.0)
-"""Seconds before a request is tried again: at first, doubled up to the second."""
-_BUSY = {"SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "InternalError"}
-_BUSY |= {"ConditionalRequestConflict", "OperationAborted", "429", "503"}
-"""What a server says when the same request may work a moment later."""
 _FULL = {"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "507"}
 _FULL |= {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingContentMD5", "501"}
 """What a server says to a request that only others understand."""
 _FORBIDDEN = "is not for these credentials (needs ListBucket, GetObject, PutObject, DeleteObject)"
-_MISTAKES = (
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-    ValidationError,
-)
-"""What only another configuration helps against."""
-_LOADER = AioSession().get_component("data_loader")
-"""Keeps the description of S3's protocol, a megabyte to parse, for every backend."""
 
 
 class S3Options(Options):
@@ -122,7 +86,7 @@ class S3Options(Options):
     tls: Tls = Field(default_factory=Tls)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> S3Options:
+    def _fitstogether(self) -> S3Options:
         url = parse_url(self.url.get_secret_value())
         if self.anonymous and url.key_id:
             raise ValueError("expected either credentials in url or anonymous")
@@ -162,22 +126,6 @@ def parse_url(text: str) -> Url:
     return Url(bucket, prefix, key_id and unquote(key_id), secret and unquote(secret))
 
 
-class Refused(StorageError):
-    """The server answered, and the answer is no."""
-
-    def __init__(self, operation: str, status: int, code: str) -> None:
-        super().__init__(f"{operation}: the server says {code} ({status})")
-        self.status, self.code = status, code
-
-    def says(self, codes: set[str]) -> bool:
-        """Whether this is one of `codes`: names, or statuses where there is no body to name it."""
-        return self.code in codes or str(self.status) in codes
-
-
-class Mistake(StorageError):
-    """Credentials or certificates are missing or wrong: trying again does not help."""
-
-
 class S3Backend(StorageBackend):
     """Frames as objects of a bucket."""
 
@@ -186,23 +134,24 @@ class S3Backend(StorageBackend):
     def __init__(self, options: S3Options) -> None:
         url = parse_url(options.url.get_secret_value())
         if options.tls != Tls():
-            _check_files(options.tls)
+            options.tls.context()  # the client library tells of its files at the first request
         self._options = options
-        self._bucket, self._prefix = url.bucket, url.prefix
+        self._bucket, self._prefix = Bucket(url.bucket, _settings(options, url)), url.prefix
         self._conditional = True
-        self._connecting: asyncio.Task[Any] | None = None
-        self._loop = _Loop("lmcache-s3")
+        self._loop = Loop("lmcache-s3")
         try:  # a list, for the answer to a HEAD would not tell the reason
-            self._loop.call(self._list({"MaxKeys": 1}, _Patience(_OPEN_SECONDS)))
+            self._loop.call(self._list({"MaxKeys": 1}, Patience(_OPEN_SECONDS)))
         except (Refused, Mistake) as error:
             if problem := self._problem(error):
                 self.close()
                 raise ConfigError(problem) from None
         except Exception:
-            pass  # down or slow: the tier finds out, and comes back by itself
+            # Down, slow, or no S3, of which aiobotocore may make anything: a failure like one later
+            # on. The tier finds out, and comes back by itself.
+            pass
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
-        return self._loop.call(self._find(keys, _Patience(timeout)))
+        return self._loop.call(self._find(keys, Patience(timeout)))
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
@@ -210,7 +159,7 @@ class S3Backend(StorageBackend):
         arrived: queue.SimpleQueue[tuple[int, Parts] | None] = queue.SimpleQueue()
         slots = asyncio.Semaphore(self._options.parallel)
         split = len(keys) < self._options.parallel
-        load = _Load(keys, allocate, _Patience(timeout), split, slots, arrived)
+        load = _Load(keys, allocate, Patience(timeout), split, slots, arrived)
         job = self._loop.submit(self._load(load))
         job.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -218,7 +167,7 @@ class S3Backend(StorageBackend):
                 yield item
                 del item
                 self._loop.soon(slots.release)
-            _result(job)
+            result(job)
         finally:
             job.cancel()
 
@@ -228,16 +177,16 @@ class S3Backend(StorageBackend):
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:
-        return self._loop.call(self._store(frames, _Patience(timeout)))
+        return self._loop.call(self._store(frames, Patience(timeout)))
 
     def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._loop.call(self._remove([self._name(key) for key in keys], _Patience(timeout)))
+        self._loop.call(self._remove([self._name(key) for key in keys], Patience(timeout)))
 
     def scan(self) -> Iterator[Stored]:
         name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
         more: dict[str, Any] = {}
         while True:
-            page = self._loop.call(self._list(more, _Patience(_SCAN_SECONDS)))
+            page = self._loop.call(self._list(more, Patience(_SCAN_SECONDS)))
             for entry in page.get("Contents", ()):
                 if match := name.fullmatch(entry["Key"]):
                     yield Stored(ChunkKey.parse(match[2]), entry["Size"])
@@ -246,16 +195,16 @@ class S3Backend(StorageBackend):
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def ping(self, timeout: float) -> None:
-        self._loop.call(self._knock(_Patience(timeout)))
+        self._loop.call(self._knock(Patience(timeout)))
 
     def close(self) -> None:
-        self._loop.close(self._disconnect)
+        self._loop.close(self._bucket.close)
 
     def _problem(self, error: Refused | Mistake) -> str:
         """What makes the configuration useless; "" where the server may work a moment later."""
         if isinstance(error, Mistake):
             return f"url: {error}"
-        bucket = f"url: the bucket {self._bucket!r}"
+        bucket = f"url: the bucket {self._bucket.name!r}"
         reasons = {
             404: "does not exist",
             403: _FORBIDDEN,
@@ -272,20 +221,20 @@ class S3Backend(StorageBackend):
 
     # On the loop
 
-    async def _find(self, keys: Sequence[ChunkKey], patience: _Patience) -> list[bool]:
+    async def _find(self, keys: Sequence[ChunkKey], patience: Patience) -> list[bool]:
         found: list[bool] = []
         async with patience:
             while len(found) < len(keys):
                 wave = keys[len(found) :][: _WAVE if found else _FIRST_WAVE]
-                answers = await _together(self._is_there(self._name(key), patience) for key in wave)
+                answers = await together(self._is_there(self._name(key), patience) for key in wave)
                 found += answers
                 if not any(answers):
                     break
         return found + [False] * (len(keys) - len(found))
 
-    async def _is_there(self, name: str, patience: _Patience) -> bool:
+    async def _is_there(self, name: str, patience: Patience) -> bool:
         try:
-            await self._ask("head_object", patience, Key=name)
+            await self._bucket.ask("head_object", patience, Key=name)
         except Refused as refused:
             if refused.status == 404:
                 return False
@@ -294,7 +243,7 @@ class S3Backend(StorageBackend):
 
     async def _load(self, load: _Load) -> None:
         async with load.patience:
-            await _together(self._load_one(load, i) for i in range(len(load.keys)))
+            await together(self._load_one(load, i) for i in range(len(load.keys)))
 
     async def _load_one(self, load: _Load, i: int) -> None:
         """A slot is taken here, and given back by whoever takes the frame."""
@@ -310,7 +259,7 @@ class S3Backend(StorageBackend):
         """The first range tells the size; what a large frame has beyond it is read beside it."""
         part = {"Range": _range(0)} if load.split else {}
         try:
-            first = await self._ask("get_object", load.patience, Key=name, **part)
+            first = await self._bucket.ask("get_object", load.patience, Key=name, **part)
         except Refused as refused:
             if refused.status == 416:  # what is empty has no first byte
                 return memoryview(b"")
@@ -325,20 +274,20 @@ class S3Backend(StorageBackend):
                 self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
                 for at in range(here, nbytes, _RANGE)
             ]
-            await _together([_fill(buffer[:here], first["Body"], load.patience), *rest])
+            await together([_fill(buffer[:here], first["Body"], load.patience), *rest])
         return buffer
 
     async def _read_range(
         self, name: str, at: int, target: memoryview, version: str, load: _Load
     ) -> None:
         part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
-        answer = await self._ask("get_object", load.patience, Key=name, **part)
+        answer = await self._bucket.ask("get_object", load.patience, Key=name, **part)
         async with answer["Body"]:
             if answer["ContentLength"] != target.nbytes:
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
             await _fill(target, answer["Body"], load.patience)
 
-    async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: _Patience) -> int:
+    async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: Patience) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
 
         async def one(key: ChunkKey, parts: Parts) -> bool:
@@ -346,10 +295,10 @@ class S3Backend(StorageBackend):
                 return await self._store_one(self._name(key), parts, patience)
 
         async with patience:
-            stored = await _together(one(key, parts) for key, parts in frames)
+            stored = await together(one(key, parts) for key, parts in frames)
         return [*stored, False].index(False)
 
-    async def _store_one(self, name: str, parts: Parts, patience: _Patience) -> bool:
+    async def _store_one(self, name: str, parts: Parts, patience: Patience) -> bool:
         """False where the store is full."""
         try:
             if self._conditional and await self._put_if_absent(name, parts, patience):
@@ -363,7 +312,7 @@ class S3Backend(StorageBackend):
             raise
         return True
 
-    async def _put_if_absent(self, name: str, parts: Parts, patience: _Patience) -> bool:
+    async def _put_if_absent(self, name: str, parts: Parts, patience: Patience) -> bool:
         """False where the server does not understand the condition."""
         try:
             await self._put(name, parts, patience, IfNoneMatch="*")
@@ -374,22 +323,22 @@ class S3Backend(StorageBackend):
                 raise
         return True
 
-    async def _put(self, name: str, parts: Parts, patience: _Patience, **condition: str) -> None:
+    async def _put(self, name: str, parts: Parts, patience: Patience, **condition: str) -> None:
         body = _Body(parts, patience)
         size = {"ContentLength": body.nbytes}
-        await self._ask("put_object", patience, Key=name, Body=body, **size, **condition)
+        await self._bucket.ask("put_object", patience, Key=name, Body=body, **size, **condition)
 
-    async def _remove(self, names: Sequence[str], patience: _Patience) -> None:
+    async def _remove(self, names: Sequence[str], patience: Patience) -> None:
         async with patience:
             for at in range(0, len(names), _DELETES):
                 await self._remove_some(names[at : at + _DELETES], patience)
 
-    async def _remove_some(self, names: Sequence[str], patience: _Patience) -> None:
+    async def _remove_some(self, names: Sequence[str], patience: Patience) -> None:
         """In one request; one by one where the server knows none such, or wants an MD5 for it."""
         if len(names) > 1:
             batch = {"Objects": [{"Key": name} for name in names], "Quiet": True}
             try:
-                answer = await self._ask("delete_objects", patience, Delete=batch)
+                answer = await self._bucket.ask("delete_objects", patience, Delete=batch)
             except Refused as refused:
                 if not refused.says(_UNKNOWN):
                     raise
@@ -397,71 +346,16 @@ class S3Backend(StorageBackend):
                 for error in answer.get("Errors", ()):
                     raise Refused("delete_objects", 200, error.get("Code", "an error"))
                 return
-        await _together(self._ask("delete_object", patience, Key=name) for name in names)
+        await together(self._bucket.ask("delete_object", patience, Key=name) for name in names)
 
-    async def _list(self, more: dict[str, Any], patience: _Patience) -> Any:
+    async def _list(self, more: dict[str, Any], patience: Patience) -> Any:
         async with patience:
-            return await self._ask("list_objects_v2", patience, Prefix=f"{self._prefix}/", **more)
+            more = {"Prefix": f"{self._prefix}/", **more}
+            return await self._bucket.ask("list_objects_v2", patience, **more)
 
-    async def _knock(self, patience: _Patience) -> None:
+    async def _knock(self, patience: Patience) -> None:
         async with patience:
-            await self._ask("head_bucket", patience)
-
-    async def _ask(self, operation: str, patience: _Patience, **parameters: Any) -> Any:
-        """A request, made again for as long as the server is busy and the call has patience."""
-        pause, longest = _PAUSES
-        with patience.waiting():
-            while True:
-                try:
-                    with _told(operation):
-                        client = await self._client()
-                        return await getattr(client, operation)(Bucket=self._bucket, **parameters)
-                except Refused as refused:
-                    if not refused.says(_BUSY):
-                        raise
-                    patience.reason = f"; {refused}"
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, longest)
-
-    async def _client(self) -> Any:
-        task = self._connecting
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
-            task = self._connecting = asyncio.create_task(self._connect())
-        return await asyncio.shield(task)  # a call that is late does not end it for others
-
-    async def _connect(self) -> Any:
-        options = self._options
-        url = parse_url(options.url.get_secret_value())
-        session = AioSession()
-        session.register_component("data_loader", _LOADER)
-        files = tuple(str(path) for path in (options.tls.cert, options.tls.key) if path)
-        config = AioConfig(
-            signature_version=UNSIGNED if options.anonymous else None,
-            s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-            retries={"total_max_attempts": 1},
-            max_pool_connections=2 * max(options.parallel, _WAVE),
-            client_cert=(files if len(files) == 2 else files[0]) if files else None,
-        )
-        region = options.region or session.get_config_variable("region") or "us-east-1"
-        client = await session.create_client(
-            "s3",
-            region_name=region,
-            endpoint_url=options.endpoint,
-            aws_access_key_id=url.key_id,
-            aws_secret_access_key=url.secret,
-            verify=str(options.tls.ca) if options.tls.ca else None,
-            config=config,
-        ).__aenter__()
-        # A server that never says "100 Continue" would be waited for, and others cost a round trip.
-        client.meta.events.unregister("before-call.s3", add_expect_header)
-        return client
-
-    async def _disconnect(self) -> None:
-        task = self._connecting
-        if task is not None and task.done() and not task.cancelled() and not task.exception():
-            await task.result().__aexit__(None, None, None)
+            await self._bucket.ask("head_bucket", patience)
 
 
 class _Load(NamedTuple):
@@ -469,7 +363,7 @@ class _Load(NamedTuple):
 
     keys: Sequence[ChunkKey]
     allocate: Allocate
-    patience: _Patience
+    patience: Patience
     split: bool
     """Read a large frame by ranges, for connections are left over."""
     slots: asyncio.Semaphore
@@ -481,7 +375,7 @@ class _Body:
     """A frame's parts, sent from where they lie. The client library wants a `read`; none calls it,
     for aiohttp iterates."""
 
-    def __init__(self, parts: Parts, patience: _Patience) -> None:
+    def __init__(self, parts: Parts, patience: Patience) -> None:
         self.nbytes = sum(part.nbytes for part in parts)
         self._parts, self._patience = parts, patience
 
@@ -506,166 +400,39 @@ class _Body:
             yield small
 
 
-class _Patience:
-    """Ends what runs inside it after `timeout` seconds without progress.
-
-    Only time in which a request is under way counts, not that in which the caller is busy.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.reason = ""
-        """What the server said last, for the message."""
-        self._timeout = self._left = timeout
-        self._requests = 0
-
-    async def __aenter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._scope = asyncio.timeout(None)
-        await self._scope.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._scope.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            text = f"no answer within {self._timeout:.3g} s{self.reason}"
-            raise TimeoutError(text) from None
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A request is under way."""
-        self._requests += 1
-        if self._requests == 1:
-            self._end(self._loop.time() + self._left)
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            if self._requests == 0:
-                self._left = (self._scope.when() or 0.0) - self._loop.time()
-                self._end(None)
-
-    def moved(self, nbytes: int) -> None:
-        """So many bytes came or went."""
-        latest = self._loop.time() + self._timeout
-        self._end(min(latest, (self._scope.when() or latest) + nbytes / SLOWEST))
-
-    def _end(self, when: float | None) -> None:
-        if not self._scope.expired():
-            self._scope.reschedule(when)
-
-
-class _Loop:
-    """An event loop on a daemon thread."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run `work` there; cancelling the future cancels it."""
-        with self._lock:  # nothing may come after the end, for nobody would answer it
-            if not self._closed and self._thread.is_alive():  # it is not, in a forked child
-                return asyncio.run_coroutine_threadsafe(work, self._loop)
-        work.close()
-        raise StorageError("closed")
-
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns or raises."""
-        job = self.submit(work)
-        try:
-            return _result(job)
-        finally:
-            job.cancel()
-
-    def soon(self, work: Callable[[], object]) -> None:
-        """Call `work` there, unless all is over."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(work)
-
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel everything, run `last` and end the thread; one that hangs is left behind."""
-        with self._lock:
-            if not self._closed and self._thread.is_alive():
-                asyncio.run_coroutine_threadsafe(self._end(last), self._loop)
-            self._closed = True
-        self._thread.join(_CLOSE_SECONDS)
-
-    async def _end(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(last(), return_exceptions=True)
-        await self._loop.shutdown_default_executor()
-        self._loop.stop()
-
-    def _run(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
-
-
-def _check_files(tls: Tls) -> None:
-    """Raises ConfigError for what cannot be read; the client library tells at the first request."""
-    try:
-        context = ssl.create_default_context(cafile=tls.ca)
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key)
-    except OSError as error:
-        raise ConfigError(f"tls: a certificate or key cannot be used: {error}") from None
-
-
-def _result(job: Future[T]) -> T:
-    try:
-        return job.result()
-    except CancelledError:
-        raise StorageError("closed") from None
-
-
-async def _together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What all of them return, in order; the first error, after the others are cancelled."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+def _settings(options: S3Options, url: Url) -> dict[str, Any]:
+    """The options as the client library takes them."""
+    files = tuple(str(path) for path in (options.tls.cert, options.tls.key) if path)
+    config = AioConfig(
+        signature_version=UNSIGNED if options.anonymous else None,
+        s3={"addressing_style": options.addressing, "payload_signing_enabled": False},
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        retries={"total_max_attempts": 1},
+        max_pool_connections=2 * max(options.parallel, _WAVE),
+        client_cert=(files if len(files) == 2 else files[0]) if files else None,
+    )
+    return {
+        "region_name": options.region,
+        "endpoint_url": options.endpoint,
+        "aws_access_key_id": url.key_id,
+        "aws_secret_access_key": url.secret,
+        "verify": str(options.tls.ca) if options.tls.ca else None,
+        "config": config,
+    }
 
 
 def _range(start: int) -> str:
     return f"bytes={start}-{start + _RANGE - 1}"
 
 
-async def _fill(buffer: memoryview, body: Any, patience: _Patience) -> None:
+async def _fill(buffer: memoryview, body: Any, patience: Patience) -> None:
     """Read a body of just that size."""
     filled = 0
     while filled < buffer.nbytes:
-        with _told("get_object"):
+        with told("get_object"):
             n = await body.readinto(buffer[filled:])
         if n == 0:
             raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
         patience.moved(n)
         filled += n
-
-
-@contextlib.contextmanager
-def _told(operation: str) -> Iterator[None]:
-    """What the client library raises, as errors of ours, which hold no secret."""
-    try:
-        yield
-    except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        code = error.response.get("Error", {}).get("Code", "an error")
-        raise Refused(operation, status, code) from None
-    except _MISTAKES as error:
-        raise Mistake(" ".join(str(error).split())) from None
-    except (BotoCoreError, aiohttp.ClientError, OSError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise StorageError(f"{operation}: {text or type(error).__name__}") from None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import redis as stock
 
-from tests.servers import PATIENCE, Server, answers, free_port, program, running
+from tests.servers import PATIENCE, Server, answers, eventually, free_port, program, running
 
 
 def redis_server(folder: Path, port: int, *options: str, ready: bytes = b"+PONG") -> Server:
@@ -19,20 +18,6 @@ def redis_server(folder: Path, port: int, *options: str, ready: bytes = b"+PONG"
     command += ["--dir", str(folder), "--save", "", "--appendonly", "no"]
     command += ["--repl-diskless-sync-delay", "0", *options]
     return Server(command, answers(port, b"PING\r\n", ready), folder / f"redis-{port}.log")
-
-
-def eventually(what: Callable[[], object]) -> None:
-    """Wait until `what` is true and raises nothing."""
-    end = time.monotonic() + PATIENCE
-    while True:
-        try:
-            if what():
-                return
-        except (stock.RedisError, OSError):
-            pass
-        if time.monotonic() > end:
-            raise AssertionError(f"never became true: {what}")
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

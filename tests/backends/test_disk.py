@@ -21,6 +21,7 @@ from lmcache_backends import disk
 from lmcache_backends.disk import DiskBackend, DiskOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend, StorageError
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
+from tests.backends.frames import allocate, key
 
 GIB = 1 << 30
 
@@ -79,10 +80,6 @@ class TestDisk(BackendConformance):
     @pytest.fixture
     def open_small(self, tmp_path: Path) -> Callable[[], StorageBackend]:
         return opener(tmp_path, SMALL)
-
-
-def key(number: int) -> ChunkKey:
-    return ChunkKey(random.Random(number).randbytes(32))
 
 
 def put(backend: StorageBackend, *numbers: int, nbytes: int = 1000) -> int:
@@ -255,12 +252,8 @@ def test_what_is_no_file_is_not_a_chunk_and_holds_nobody(
     os.mkfifo(raw.path(key(1)))
     raw.path(key(2)).unlink()
     raw.path(key(2)).mkdir()
-    got = {i: b"".join(p) for i, p in backend.get([key(n) for n in (1, 2, 3)], bytearray_view, 1.0)}
+    got = {i: b"".join(p) for i, p in backend.get([key(n) for n in (1, 2, 3)], allocate, 1.0)}
     assert got == {0: b"", 1: b"", 2: bytes(1000)}
-
-
-def bytearray_view(nbytes: int) -> memoryview:
-    return memoryview(bytearray(nbytes))
 
 
 @pytest.mark.parametrize("path", ["file/cache", "file"])
@@ -313,7 +306,7 @@ def test_a_stopped_process_that_holds_the_lock_does_not_stop_reads(tmp_path: Pat
     holder.stdout.readline()
     holder.send_signal(signal.SIGSTOP)
     assert backend.contains([key(1)], 1.0) == [True]
-    assert [i for i, _ in backend.get([key(1)], bytearray_view, 1.0)] == [0]
+    assert [i for i, _ in backend.get([key(1)], allocate, 1.0)] == [0]
     holder.kill()
     holder.wait()
     holder.stdout.close()
@@ -324,7 +317,7 @@ def test_a_stopped_process_that_holds_the_lock_does_not_stop_reads(tmp_path: Pat
 def test_a_reading_process_keeps_what_another_evicts(tmp_path: Path) -> None:
     one, two = opener(tmp_path, SMALL)(), opener(tmp_path, SMALL)()
     put(one, 1, nbytes=SMALL // 2)
-    ((_, parts),) = one.get([key(1)], bytearray_view, 1.0)
+    ((_, parts),) = one.get([key(1)], allocate, 1.0)
     for n in range(2, 9):
         put(two, n, nbytes=SMALL // 2)
     assert one.contains([key(1)], 1.0) == [False]
@@ -396,5 +389,5 @@ def test_reading_a_chunk_costs_four_system_calls(
             return real(*args)
 
         monkeypatch.setattr(disk.os, name, counting)
-    list(backend.get([key(1)], bytearray_view, 1.0))
+    list(backend.get([key(1)], allocate, 1.0))
     assert calls == ["open", "fstat", "preadv", "close"]

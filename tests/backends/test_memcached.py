@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import random
 import re
 import socket
 import time
@@ -18,13 +17,22 @@ import lmcache_core
 from lmcache_backends.memcached import MemcachedBackend, MemcachedOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
-from tests.backends.redis_servers import eventually
+from tests.backends.frames import (
+    LONG,
+    SHORT,
+    everything,
+    get,
+    here,
+    key,
+    keys,
+    put,
+    value,
+    works,
+)
+from tests.backends.remote import RemoteConformance
 from tests.certificates import Authority
-from tests.servers import Proxy, Server, answers, free_port, program, running
+from tests.servers import Proxy, Server, answers, eventually, free_port, program, running
 
-LONG = 20.0
-SHORT = 0.3
-"""Seconds of patience where a fault is to cost it."""
 MIB = 1 << 20
 
 
@@ -148,41 +156,6 @@ class TestMemcached(BackendConformance):
         return opener(port)
 
 
-def key(number: int) -> ChunkKey:
-    return ChunkKey(random.Random(number).randbytes(32))
-
-
-def keys(*numbers: int) -> list[ChunkKey]:
-    return [key(n) for n in numbers]
-
-
-def value(number: int, nbytes: int = 50_000) -> bytes:
-    return random.Random(number).randbytes(nbytes)
-
-
-def put(backend: StorageBackend, *numbers: int, nbytes: int = 50_000, timeout: float = LONG) -> int:
-    chain = keys(*numbers)
-    frames = [(k, [memoryview(value(n, nbytes))]) for n, k in zip(numbers, chain, strict=True)]
-    return backend.put(frames, chain, timeout)
-
-
-def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
-    got = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), timeout)
-    return {numbers[i]: b"".join(parts) for i, parts in got}
-
-
-def everything(backend: StorageBackend, *numbers: int, nbytes: int = 50_000) -> bool:
-    return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
-
-
-def works(backend: StorageBackend) -> bool:
-    try:
-        backend.ping(SHORT)
-    except (lmcache_core.StorageError, OSError):
-        return False
-    return True
-
-
 # Round trips and pieces
 
 
@@ -191,7 +164,7 @@ def test_a_lookup_is_one_round_trip_that_brings_no_values(proxy: Proxy) -> None:
     numbers = range(128)
     put(backend, *numbers, nbytes=20_000)
     trips, received = proxy.round_trips, proxy.answered
-    assert all(backend.contains(keys(*numbers), LONG))
+    assert all(here(backend, *numbers))
     assert proxy.round_trips == trips + 1
     assert proxy.answered - received < 128 * 10
     backend.close()
@@ -258,7 +231,7 @@ def test_pieces_that_do_not_belong_together_are_no_chunk(
         backend.delete([key(2)], LONG)
     else:
         assert get(backend, 1, 2, 3) == {1: value(1, 3 * MIB), 3: value(3, 3 * MIB)}
-    assert backend.contains(keys(1, 2, 3), LONG) == [True, False, True]
+    assert here(backend, 1, 2, 3) == [True, False, True]
     assert put(backend, 2, nbytes=3 * MIB) == 1
     assert everything(backend, 1, 2, 3, nbytes=3 * MIB)
 
@@ -286,7 +259,7 @@ def test_deployments_share_a_server_under_their_prefixes(port: int, raw: RawMemc
     raw.set("lmcache:not-a-key", "x")
     put(one, 1)
     put(two, 2)
-    assert one.contains(keys(1, 2), LONG) == [True, False]
+    assert here(one, 1, 2) == [True, False]
     assert [stored.key for stored in one.scan()] == [key(1)]
     assert [stored.key for stored in two.scan()] == [key(2)]
     one.close()
@@ -313,7 +286,7 @@ def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
     assert days <= {39, 40}
     short = opener(raw._port, ttl="200ms")()
     put(short, 3, nbytes=nbytes)
-    eventually(lambda: short.contains([key(3)], LONG) == [False])
+    eventually(lambda: here(short, 3) == [False])
     for backend in (plain, refreshing, long, short):
         backend.close()
 
@@ -354,7 +327,7 @@ def test_a_server_that_is_lost_loses_its_share_and_comes_back(
     assert 5 < len(lost) < 40
     getattr(server, fault)()
     began = time.monotonic()
-    found = backend.contains(keys(*range(60)), SHORT)
+    found = here(backend, *range(60), timeout=SHORT)
     assert [n for n in range(60) if not found[n]] == sorted(lost)
     assert time.monotonic() - began < SHORT + 0.5
     began = time.monotonic()
@@ -377,7 +350,7 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
         server.kill()
     for _ in range(3):
         with pytest.raises((lmcache_core.StorageError, OSError)):
-            backend.contains(keys(*range(60)), SHORT)
+            here(backend, *range(60), timeout=SHORT)
         assert not works(backend)
     for _, server in three:
         server.start()
@@ -386,121 +359,12 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
     backend.close()
 
 
-# A server that is gone, frozen, slow
+# Servers that fail, and networks
 
 
-def test_a_restart_between_two_calls_is_not_even_noticed(server: tuple[int, Server]) -> None:
-    port, process = server
-    backend = opener(port)()
-    put(backend, 1)
-    process.kill()
-    with pytest.raises(lmcache_core.StorageError, match=f"127.0.0.1:{port}.*refused"):
-        backend.contains([key(1)], SHORT)
-    process.start()
-    assert backend.contains([key(1)], SHORT) == [False]
-    process.kill()
-    process.start()
-    assert put(backend, 1) == 1
-    assert everything(backend, 1)
-    backend.close()
-
-
-def test_a_server_that_is_down_at_first_is_used_when_it_comes() -> None:
-    port = free_port()
-    backend = opener(port)()
-    assert not works(backend)
-    with running(memcached_server(port)):
-        assert works(backend)
-        assert put(backend, 1) == 1
-    backend.close()
-
-
-def test_kill_9_in_the_middle_of_a_load(server: tuple[int, Server]) -> None:
-    port, process = server
-    backend = opener(port)()
-    numbers = range(12)
-    put(backend, *numbers, nbytes=900_000)
-    arriving = backend.get(keys(*numbers), lambda n: memoryview(bytearray(n)), LONG)
-    i, parts = next(arriving)
-    process.kill()
-    whole = {i: b"".join(parts)}
-    with pytest.raises((lmcache_core.StorageError, OSError)):
-        whole.update((i, b"".join(parts)) for i, parts in arriving)
-    assert all(got == value(numbers[i], 900_000) for i, got in whole.items())
-    process.start()
-    assert put(backend, *numbers) == 12
-    backend.close()
-
-
-def test_a_frozen_server_costs_the_patience_and_then_works_again(
-    server: tuple[int, Server],
-) -> None:
-    port, process = server
-    backend = opener(port)()
-    put(backend, 1)
-    process.freeze()
-    for call in (
-        lambda: backend.contains([key(1)], SHORT),
-        lambda: get(backend, 1, timeout=SHORT),
-        lambda: put(backend, 2, nbytes=16 << 20, timeout=SHORT),
-        lambda: backend.ping(SHORT),
-        lambda: backend.touch([key(1)], SHORT),
-        lambda: backend.delete([key(1)], SHORT),
-    ):
-        began = time.monotonic()
-        with pytest.raises(TimeoutError):
-            call()
-        assert time.monotonic() - began < SHORT + 3.0
-    process.thaw()
-    eventually(lambda: works(backend))
-    assert put(backend, 1, 3) == 2
-    assert everything(backend, 1, 3)
-    backend.close()
-
-
-# A network that cuts, stalls and garbles
-
-
-@pytest.mark.parametrize("fault", ["cut", "stall"])
-@pytest.mark.parametrize("nbytes", [3000, 2 * MIB])
-def test_an_answer_that_ends_anywhere(proxy: Proxy, fault: str, nbytes: int) -> None:
-    """Whatever comes before the fault is right; what comes after it is an error, at once or after
-    the patience; and when the network is well again, so are we."""
-    backend = opener(proxy.port)()
-    address = backend._servers.all[0]
-    put(backend, *range(4), nbytes=nbytes)
-    chance = random.Random(1)
-    offsets = [*range(1, 40, 5), *(chance.randrange(4 * nbytes + 2000) for _ in range(12))]
-    for offset in offsets[:: 1 if fault == "cut" else 4]:
-        backend._pool.distrust(address)
-        setattr(proxy, f"{fault}_after", offset)
-        got: dict[int, bytes] = {}
-        patience = LONG if fault == "cut" else 0.05
-        try:
-            for i, parts in backend.get(
-                keys(*range(4)), lambda n: memoryview(bytearray(n)), patience
-            ):
-                got[i] = b"".join(parts)
-            assert len(got) == 4
-        except (lmcache_core.StorageError, OSError):
-            assert len(got) < 4
-        assert all(v == value(n, nbytes) for n, v in got.items())
-        proxy.heal()
-        assert everything(backend, *range(4), nbytes=nbytes)
-    backend.close()
-
-
-def test_a_line_that_is_too_slow_is_given_up(proxy: Proxy) -> None:
-    backend = opener(proxy.port)()
-    put(backend, 1, nbytes=900_000)
-    proxy.rate = 100_000.0
-    began = time.monotonic()
-    with pytest.raises(TimeoutError):
-        get(backend, 1, timeout=SHORT)
-    assert time.monotonic() - began < 2.0
-    proxy.heal()
-    assert everything(backend, 1, nbytes=900_000)
-    backend.close()
+class TestServersAndNetworks(RemoteConformance):
+    opener = staticmethod(opener)
+    encrypted = "memcached"
 
 
 # A server that refuses
@@ -579,33 +443,6 @@ def tls(tmp_path: Path) -> Iterator[tuple[int, Authority]]:
         yield port, authority
 
 
-def test_tls_with_a_certificate_on_both_sides(tls: tuple[int, Authority]) -> None:
-    port, authority = tls
-    mine = authority.issue("client")
-    files = {"ca": authority.ca, "cert": mine.cert, "key": mine.key}
-    backend = opener(url=f"memcached://localhost:{port}", tls=files)()
-    assert put(backend, *range(4), nbytes=3 * MIB) == 4
-    assert everything(backend, *range(4), nbytes=3 * MIB)
-    backend.close()
-    loose = {**files, "check_hostname": False}
-    backend = opener(url=f"memcached://127.0.0.1:{port}", tls=loose)()
-    assert everything(backend, 1, nbytes=3 * MIB)
-    backend.close()
-
-
-@pytest.mark.parametrize("wrong", ["ca", "host"])
-def test_a_server_that_cannot_be_trusted_is_a_config_error(
-    tls: tuple[int, Authority], tmp_path: Path, wrong: str
-) -> None:
-    port, authority = tls
-    mine = authority.issue("client")
-    ca = Authority(tmp_path, "stranger").ca if wrong == "ca" else authority.ca
-    host = "127.0.0.1" if wrong == "host" else "localhost"
-    files = {"ca": ca, "cert": mine.cert, "key": mine.key}
-    with no_leaks(), pytest.raises(ConfigError, match="CERTIFICATE_VERIFY_FAILED"):
-        opener(url=f"memcached://{host}:{port}", tls=files)()
-
-
 def test_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "memcached.sock"
     command = [program("memcached"), "-s", str(path), "-u", "root"]
@@ -625,6 +462,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
         ("redis://host", {}),
         ("memcached://", {}),
         ("memcached://host:port", {}),
+        ("memcached://u:s3cret@host,a..host", {}),
         ("memcached://host/path", {}),
         ("memcached://host?x=1", {}),
         ("memcached://u:s3cret@host", {"refresh": True}),

@@ -23,6 +23,7 @@ from lmcache_backends.s3 import S3Backend, S3Options
 from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, StorageError, Tensors
 from lmcache_core.config import load as load_config
 from lmcache_core.testing import BackendConformance, no_leaks
+from tests.backends.frames import LONG, NBYTES, allocate, get, here, key, keys, put, value
 from tests.certificates import Authority, Pair
 from tests.s3_server import (
     BUCKET,
@@ -120,34 +121,6 @@ def front(server: S3Server) -> Iterator[Front]:
 def proxy(server: S3Server) -> Iterator[Proxy]:
     with Proxy(server.port) as proxy:
         yield proxy
-
-
-def key(number: int) -> ChunkKey:
-    return ChunkKey(random.Random(number).randbytes(32))
-
-
-def value(number: int, nbytes: int = 1000) -> bytes:
-    return random.Random(number).randbytes(nbytes)
-
-
-def put(backend: S3Backend, *numbers: int, nbytes: int = 1000, timeout: float = 20.0) -> int:
-    keys = [key(n) for n in numbers]
-    frames = [(key(n), [memoryview(value(n, nbytes))]) for n in numbers]
-    return backend.put(frames, keys, timeout)
-
-
-def get(backend: S3Backend, *numbers: int, timeout: float = 20.0) -> dict[int, bytes]:
-    """What came, by number."""
-    got = backend.get([key(n) for n in numbers], allocate, timeout)
-    return {numbers[i]: b"".join(parts) for i, parts in got}
-
-
-def here(backend: S3Backend, *numbers: int, timeout: float = 20.0) -> list[bool]:
-    return backend.contains([key(n) for n in numbers], timeout)
-
-
-def allocate(nbytes: int) -> memoryview:
-    return memoryview(bytearray(b"\xee" * nbytes))
 
 
 class TestS3(BackendConformance):
@@ -292,6 +265,11 @@ def test_a_certificate_that_cannot_be_read_is_a_config_error(tmp_path: Path, fil
         S3Backend(options("https://127.0.0.1:1", "x", tls={file: path}))
 
 
+def test_an_endpoint_that_can_be_none_is_a_config_error() -> None:
+    with no_leaks(), pytest.raises(ConfigError, match=r"url: Invalid endpoint: http://a\.\.host"):
+        S3Backend(options("http://a..host", "x"))
+
+
 # What goes over the wire
 
 
@@ -309,7 +287,7 @@ def test_a_body_is_neither_signed_nor_announced_and_never_overwrites(
     (head,) = heads
     assert head["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
     assert head["if-none-match"] == "*"
-    assert head["content-length"] == "1000"
+    assert head["content-length"] == str(NBYTES)
     assert "/eu-central-1/s3/" in head["authorization"]
     assert not {"expect", "transfer-encoding", "content-md5"} & set(head)
     assert not [name for name in head if name.startswith("x-amz-checksum")]
@@ -350,7 +328,7 @@ def test_anonymous_signs_nothing(
     backend = opened(front.port, prefix, PUBLIC, "", anonymous=True)
     assert put(backend, 1, 2) == 2
     assert get(backend, 1, 2) == {1: value(1), 2: value(2)}
-    backend.delete([key(1), key(2)], 20.0)
+    backend.delete(keys(1, 2), LONG)
     assert list(backend.scan()) == []
     assert set(signed) == {None}
     with pytest.raises(ConfigError, match="not for these credentials"):
@@ -430,7 +408,7 @@ def test_a_frame_lands_in_the_callers_buffer(backend: S3Backend) -> None:
         buffers.append(allocate(nbytes))
         return buffers[-1]
 
-    ((_, parts),) = backend.get([key(1)], noting, 20.0)
+    ((_, parts),) = backend.get([key(1)], noting, LONG)
     assert [part.obj for part in parts] == [buffer.obj for buffer in buffers]
     assert b"".join(parts) == value(1, 5 << 20)
 
@@ -448,7 +426,7 @@ def test_a_load_reads_no_further_ahead_than_it_may(
         ahead.append(allocated - taken)
         return allocate(nbytes)
 
-    for _ in backend.get([key(n) for n in range(24)], counting, 20.0):
+    for _ in backend.get(keys(*range(24)), counting, LONG):
         while allocated - taken < min(4, 24 - taken):
             time.sleep(0.001)
         taken += 1
@@ -462,7 +440,7 @@ def test_a_caller_that_takes_its_time_is_not_the_servers_fault(
     backend = opened(server.endpoint, prefix, parallel=1)
     put(backend, 1, 2, 3)
     came = 0
-    for _ in backend.get([key(n) for n in (1, 2, 3)], allocate, 0.25):
+    for _ in backend.get(keys(1, 2, 3), allocate, 0.25):
         came += 1
         time.sleep(0.3)
     assert came == 3
@@ -474,23 +452,25 @@ def test_a_buffer_that_cannot_be_had_is_an_error(backend: S3Backend) -> None:
     def refuse(nbytes: int) -> memoryview:
         raise StorageError(f"a frame of {nbytes} bytes")
 
-    with pytest.raises(StorageError, match="a frame of 1000 bytes"):
-        list(backend.get([key(1)], refuse, 20.0))
+    with pytest.raises(StorageError, match=f"a frame of {NBYTES} bytes"):
+        list(backend.get([key(1)], refuse, LONG))
     assert get(backend, 1) == {1: value(1)}
 
 
-def test_a_few_large_frames_come_by_ranges_and_many_do_not(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def short_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of more than a thousand bytes count as large."""
     monkeypatch.setattr(s3, "_RANGE", 1000)
+
+
+@pytest.mark.usefixtures("short_ranges")
+def test_a_few_large_frames_come_by_ranges_and_many_do_not(
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
+) -> None:
     backend = opened(front.port, prefix, parallel=4)
     sizes = [0, 1, 999, 1000, 1001, 3000, 3001]
-    keys = [key(n) for n in range(7)]
     frames = [(key(n), [memoryview(value(n, size))]) for n, size in enumerate(sizes)]
-    backend.put(frames, keys, 20.0)
+    backend.put(frames, keys(*range(7)), LONG)
     for n, size in enumerate(sizes):
         front.requests.clear()
         assert get(backend, n) == {n: value(n, size)}
@@ -500,13 +480,10 @@ def test_a_few_large_frames_come_by_ranges_and_many_do_not(
     assert front.count("GET") == 7
 
 
+@pytest.mark.usefixtures("short_ranges")
 def test_ranges_of_two_versions_are_never_one_frame(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
 ) -> None:
-    monkeypatch.setattr(s3, "_RANGE", 1000)
     backend = opened(front.port, prefix)
     put(backend, 1, nbytes=3000)
     raw = RawObjects(f"http://127.0.0.1:{front.port}", prefix)
@@ -522,13 +499,10 @@ def test_ranges_of_two_versions_are_never_one_frame(
     assert get(backend, 1) == {1: value(2, 3000)}
 
 
+@pytest.mark.usefixtures("short_ranges")
 def test_a_server_without_ranges_sends_it_all(
-    front: Front,
-    prefix: str,
-    opened: Callable[..., S3Backend],
-    monkeypatch: pytest.MonkeyPatch,
+    front: Front, prefix: str, opened: Callable[..., S3Backend]
 ) -> None:
-    monkeypatch.setattr(s3, "_RANGE", 1000)
     backend = opened(front.port, prefix, PUBLIC, "", anonymous=True)
     put(backend, 1, nbytes=3000)
 
@@ -537,7 +511,7 @@ def test_a_server_without_ranges_sends_it_all(
 
     front.intervene = without
     assert get(backend, 1) == {1: value(1, 3000)}
-    backend.delete([key(1)], 20.0)
+    backend.delete([key(1)], LONG)
 
 
 # Stores
@@ -552,7 +526,7 @@ def test_of_nodes_that_store_one_chunk_one_writes_it(
     for n in range(4):
 
         def store(node: int, n: int = n) -> int:
-            return nodes[node].put([(key(n), [memoryview(value(node, nbytes))])], [key(n)], 20.0)
+            return nodes[node].put([(key(n), [memoryview(value(node, nbytes))])], [key(n)], LONG)
 
         with ThreadPoolExecutor(3) as pool:
             assert list(pool.map(store, range(3))) == [1, 1, 1]
@@ -630,19 +604,19 @@ def test_deletes_go_one_by_one_where_a_batch_is_not_understood(
     backend = opened(front.port, prefix)
     put(backend, 1, 2, 3)
     front.intervene = lambda r: (400, "MissingContentMD5") if r.command == "POST" else None
-    backend.delete([key(1), key(2), key(9)], 20.0)
+    backend.delete(keys(1, 2, 9), LONG)
     assert here(backend, 1, 2, 3) == [False, False, True]
     assert front.count("DELETE") == 3
     front.intervene = lambda r: (403, "AccessDenied") if r.command == "POST" else None
     with pytest.raises(StorageError, match="AccessDenied"):
-        backend.delete([key(1), key(3)], 20.0)
+        backend.delete(keys(1, 3), LONG)
 
 
 def test_more_keys_than_fit_in_one_answer(backend: S3Backend) -> None:
-    keys = [key(n) for n in range(1003)]
-    assert backend.put([(k, [memoryview(b"x")]) for k in keys], keys, 20.0) == len(keys)
-    assert {stored.key for stored in backend.scan()} == set(keys)
-    backend.delete(keys, 20.0)
+    many = keys(*range(1003))
+    assert backend.put([(k, [memoryview(b"x")]) for k in many], many, LONG) == len(many)
+    assert {stored.key for stored in backend.scan()} == set(many)
+    backend.delete(many, LONG)
     assert list(backend.scan()) == []
 
 
@@ -810,7 +784,7 @@ def test_cuts_under_threads_mix_nothing_up(
     def work(seed: int) -> None:
         for _ in range(10):
             try:
-                for i, parts in backend.get([key(n) for n in numbers], allocate, 20.0):
+                for i, parts in backend.get(keys(*numbers), allocate, LONG):
                     assert b"".join(parts) == value(numbers[i], 100_000)
                     whole.append(i)
             except StorageError:
@@ -831,7 +805,7 @@ def test_a_server_that_is_killed_fails_at_once_and_is_found_again(
     backend = opened(server.endpoint, prefix, parallel=2)
     numbers = list(range(6))
     put(backend, *numbers, nbytes=8 << 20)
-    load = backend.get([key(n) for n in numbers], allocate, 5.0)
+    load = backend.get(keys(*numbers), allocate, 5.0)
     i, parts = next(load)
     server.kill()  # in the middle of others
     try:
@@ -864,7 +838,7 @@ def test_a_server_that_hangs_costs_one_deadline_and_does_not_hold_close(
 ) -> None:
     backend, other = opened(server.endpoint, prefix), opened(server.endpoint, prefix)
     put(backend, 1, 2)
-    load = other.get([key(1), key(2)], allocate, 60.0)
+    load = other.get(keys(1, 2), allocate, 60.0)
     server.freeze()
     try:
         for call in (here, get, put):

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backends._wire import SLOWEST, Address, Wire
+from lmcache_backends._options import Address
+from lmcache_backends._wire import SLOWEST, Wire
 from lmcache_core import StorageError
 from tests.certificates import Authority
 
