@@ -11,6 +11,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .cache/transformers-5.16.1
+VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
@@ -19,10 +20,11 @@ PYTEST_ARGS ?=
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint $(OLDEST)
+test: lint $(OLDEST) $(VLLM)/.ready
 	sh .ci/servers
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile tests/e2e/vllm
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_tiers.py
@@ -50,6 +52,10 @@ $(OLDEST): $(READY)
 	rm -rf $@ $@.new
 	$(BIN)/python -m pip install --quiet --target $@.new transformers==5.16.1
 	mv $@.new $@
+
+# vLLM, which pins the versions of nearly all it uses, has an environment of its own.
+$(VLLM)/.ready: pyproject.toml .ci/venv .ci/vllm
+	sh .ci/vllm $(VLLM)
 
 clean:
 	rm -rf $(VENV) .cache
