@@ -11,7 +11,16 @@ import pytest
 from vllm import SamplingParams
 
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
-from tests.e2e.vllm.test_connector import GREEDY, answers, flush, forget, prompt, redis, worker
+from tests.e2e.vllm.test_connector import (
+    GREEDY,
+    answers,
+    connector,
+    flush,
+    forget,
+    prompt,
+    redis,
+    worker,
+)
 from tests.servers import Server
 
 __all__ = ["redis"]
@@ -58,10 +67,11 @@ def test_a_request_that_is_aborted_while_its_kv_is_loaded(
         forget(llm)
         core = llm.llm_engine
         core.add_request("a", {"prompt_token_ids": ids}, GREEDY)
-        while not worker(llm)._worker._loads:
-            core.step()
-            if not worker(llm)._worker._loads:
-                server.freeze()
+        (known,) = connector(llm)._scheduler._requests.values()
+        assert known.lookup.result(10).tokens > 0
+        server.freeze()
+        core.step()
+        assert worker(llm)._worker._loads
         core.abort_request(["a"])
         server.thaw()
         for _ in range(100):
