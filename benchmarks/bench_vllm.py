@@ -14,8 +14,9 @@ first:
     same process   vLLM's prefix cache is emptied, and the prompt comes from the tier
     fresh process  a new engine, which has computed one other prompt, gets it from the tier
 
-TTFT is from adding a request to its first token. All figures are medians; the ratios are those of
-the medians of rounds that ran side by side. ExampleConnector is vLLM's own, on the same disk.
+TTFT is from adding a request to its first token. All figures are medians. Ratios are those of the
+medians of rounds that ran side by side: cold to vLLM alone, the others to its own hit.
+ExampleConnector is vLLM's own, on the same disk.
 
 Then 32 requests arrive at once: 8 documents of 1,200 tokens, four questions each. Their documents
 are in the tier and vLLM's own cache is empty, beside vLLM alone with the same empty cache, and with
@@ -314,15 +315,14 @@ def burst(
 def ttft_table(length: int, figures: dict[str, Figures], about: str) -> Table:
     """One row a connector."""
     table = Table(title=f"TTFT of {length:,} tokens, ms; {about}")
-    for column in ("KV from", "cold", "of no connector's", "same process", "of an own hit's",
-                   "fresh process", "of an own hit's"):  # fmt: skip
+    for column in ("KV from", "cold", "ratio", "same process", "ratio", "fresh process", "ratio"):
         table.add_column(column, justify="left" if column == "KV from" else "right")
     alone = {
         kind: [s for figure in figures.values() for s in figure[f"alone {kind}"]]
         for kind in ("cold", "same", "fresh")
     }
     cells = [cell for seconds in alone.values() for cell in (milliseconds(seconds), "")]
-    table.add_row("no connector: computed, own hit", *cells)
+    table.add_row("vLLM alone", *cells)
     for name, figure in figures.items():
         cells = []
         for kind in alone:
@@ -343,7 +343,7 @@ def burst_table(figures: dict[str, Figures], about: str) -> Table:
         title=f"{DOCUMENTS * ASKED} requests at once, {DOCUMENTS} documents of {TOKENS:,} tokens; "
         f"{about}"
     )
-    for column in ("KV from", "requests/s", "of no connector's", "TTFT p50, ms", "p99, ms"):
+    for column in ("KV from", "requests/s", "ratio", "TTFT p50, ms", "p99, ms"):
         table.add_column(column, justify="left" if column == "KV from" else "right")
 
     def row(name: str, what: str, of: Sequence[Figures]) -> None:
@@ -356,8 +356,8 @@ def burst_table(figures: dict[str, Figures], about: str) -> Table:
         p50, p99 = (f"{1e3 * percentiles[n - 1]:,.0f}" for n in (50, 99))
         table.add_row(name, f"{rate:.1f}", f"{rate / than:.2f}", p50, p99)
 
-    row("no connector: computed", "alone", list(figures.values()))
-    row("no connector: own hits", "own", list(figures.values()))
+    row("vLLM alone, empty", "alone", list(figures.values()))
+    row("vLLM's own hits", "own", list(figures.values()))
     for name, figure in figures.items():
         row(name, "ours", [figure])
     return table
