@@ -4,18 +4,20 @@
 # make bench-remote  load, store and lookup of network backends: docs/backends.md
 # make bench-serde   what each serde saves and costs: docs/serdes.md
 # make bench-shm     the shared-memory tier beside its limits: docs/shm.md
+# make bench-vllm    time to first token of real vLLM, beside its own prefix cache: docs/vllm.md
 # make lint   ruff, mypy, import-linter
 #
 # Each sets up what it needs in .venv. PYTHON=python3.12 picks another interpreter.
 
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .cache/vllm/bin/python
 OLDEST := .cache/transformers-5.16.1
 VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench bench-remote bench-serde bench-shm lint clean
+.PHONY: demo test bench bench-remote bench-serde bench-shm bench-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -40,6 +42,12 @@ bench-serde: $(READY)
 
 bench-shm: $(READY)
 	$(BIN)/python benchmarks/bench_shm.py
+
+# Needs vLLM (the CPU build) and lmcache-core[redis,s3] in an environment of their own: VLLM says
+# where its python is. Half an hour on two cores that do nothing else.
+bench-vllm: $(READY)
+	sh .ci/servers
+	$(BIN)/python benchmarks/bench_vllm.py --vllm $(VLLM) --write
 
 lint: $(READY)
 	$(BIN)/ruff check .
