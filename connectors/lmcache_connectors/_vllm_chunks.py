@@ -79,6 +79,8 @@ class Chunks:
     """For each group, from the request's first block on; 0 where vLLM keeps none."""
     tiers: list[list[list[int]]] = field(default_factory=list)
     """Of a load: where each chunk is, by rank and group."""
+    at_once: bool = False
+    """Of a load: vLLM computes on these blocks in the same step."""
 
     def first_block(self, group: int, block: int) -> int:
         """The first block of `group` to move: behind those that a sliding window has left."""

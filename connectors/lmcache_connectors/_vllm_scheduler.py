@@ -66,6 +66,8 @@ class _Known:
     """Tokens whose blocks are stored, or were found stored; None before the first step."""
     loading: frozenset[int] = frozenset()
     """Blocks that were to be loaded last."""
+    at_once: bool = False
+    """Whether vLLM was told that the load is part of the step that needs it."""
     sources: list[tuple[TierInfo, int]] = field(default_factory=list)
     """Tokens that are loaded, by tier."""
 
@@ -92,6 +94,16 @@ class Scheduler:
         self._adapters = Adapters()
         self._epoch = ""
         self._weights = 0
+        # A load that fails in the very step that needs it spoils what that step computes. So no
+        # other step may have been built on it, and vLLM must take the blocks' numbers for an
+        # answer. A worker that turns out to move nothing fails loads in the background only.
+        parallel = config.parallel_config
+        self._in_order = (
+            not config.scheduler_config.async_scheduling
+            and parallel.pipeline_parallel_size == 1
+            and len(kv.kv_cache_groups) == 1
+        )
+        self._worker_heard = False
         events = config.kv_events_config
         self._events: list[KVCacheEvent] | None = (
             [] if events is not None and events.enable_kv_cache_events else None
@@ -204,6 +216,23 @@ class Scheduler:
 
     # Loading
 
+    def at_once(self, request: Request) -> bool:
+        """Whether what `match` found is loaded in the step that needs it, not in the background.
+
+        It saves a step, where all is in this host's memory and nobody else waits.
+        """
+        known = self._requests[request.request_id]
+        assert known.found is not None
+        tiers = self._cache.engine.tiers
+        places = {n for rows in known.found.tiers for row in rows for n in row}
+        known.at_once = (
+            self._in_order
+            and self._worker_heard
+            and len(self._requests) == 1
+            and all(tiers[n].in_memory for n in places)
+        )
+        return known.at_once
+
     def allocated(self, request: Request, block_ids: tuple[list[int], ...], external: int) -> None:
         """VLLM has made room for `external` tokens, which follow what it has itself."""
         known = self._requests[request.request_id]
@@ -211,7 +240,7 @@ class Scheduler:
         found = known.found
         end = min(found.tokens, found.usable)
         chunks = self._chunks(known, end - external, end, found.ends, block_ids)
-        chunks.tiers = found.tiers
+        chunks.tiers, chunks.at_once = found.tiers, known.at_once
         first = chunks.first_block(0, self._ranks[0][0].block)
         known.loading = frozenset(chunks.block_ids[0][first:])
         known.sources = self._by_tier(found, end - external, end)
@@ -296,6 +325,7 @@ class Scheduler:
 
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers report of a step."""
+        self._worker_heard = True
         report = output.kv_connector_worker_meta
         if isinstance(report, Report) and report.weights > self._weights:
             self._weights = report.weights

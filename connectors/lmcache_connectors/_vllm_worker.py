@@ -42,6 +42,8 @@ class Worker:
         self._memory: list[GroupMemory] = []
         self._loads: dict[str, Future[set[int]]] = {}
         self._failed_blocks: set[int] = set()
+        self._spoilt = False
+        """Whether this step computes on blocks that did not come."""
         self._staged: list[Future[None]] = []
         self._told_weights = self._weights = _vllm_weights.changes()
         self._cache = _vllm_cache.acquire(config, kv)
@@ -73,9 +75,14 @@ class Worker:
 
     def begin(self, step: Metadata, idle: bool) -> None:
         """Start the step's loads. `idle`: vLLM computes nothing meanwhile."""
+        self._spoilt = False
         for chunks in step.loads:
-            stale = step.weights != self._weights_now()
-            self._loads[chunks.request] = self._loaders.submit(partial(self._load, chunks, stale))
+            load = partial(self._load, chunks, step.weights != self._weights_now())
+            if not chunks.at_once:
+                self._loads[chunks.request] = self._loaders.submit(load)
+            elif missing := load():
+                self._spoilt = True
+                self._failed_blocks |= missing
         if idle and self._loads:
             wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
 
@@ -133,7 +140,7 @@ class Worker:
 
     def store(self, step: Metadata) -> None:
         """Store the blocks that a step has filled. What cannot be stored is dropped and counted."""
-        if not step.stores or step.weights != self._weights_now():
+        if not step.stores or self._spoilt or step.weights != self._weights_now():
             return
         self._staged = [job for job in self._staged if not job.done()]
         for chunks in step.stores:

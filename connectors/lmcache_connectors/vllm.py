@@ -91,7 +91,8 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         found = self._scheduler.match(request, num_computed_tokens) if self._scheduler else 0
-        return found, bool(found)
+        background = bool(self._scheduler and found) and not self._scheduler.at_once(request)
+        return found, background
 
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int

@@ -13,6 +13,9 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from lmcache_connectors import _vllm_scheduler
+from lmcache_connectors._vllm_chunks import Metadata
+from lmcache_connectors._vllm_worker import Worker
 from lmcache_connectors.vllm import LmcacheCoreConnector
 from tests.backends.redis_servers import redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
@@ -62,6 +65,11 @@ def forget(llm: Any) -> None:
 def disk(tmp_path: Path) -> dict[str, Any]:
     tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
     return {"chunk_size": BLOCK, "tiers": [tier]}
+
+
+@pytest.fixture
+def memory() -> dict[str, Any]:
+    return {"chunk_size": BLOCK, "tiers": [{"backend": "local_cpu", "capacity": "64MiB"}]}
 
 
 @pytest.fixture
@@ -220,6 +228,75 @@ def test_many_requests_that_share_documents(llama: Path, disk: dict[str, Any]) -
         warm = answers(llm, *prompts)
         assert [tokens for tokens, _ in warm] == plain
         assert all(reused >= 256 for _, reused in warm)
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every load that a worker began: whether it was part of the step that needed it."""
+    seen: list[bool] = []
+    begin = Worker.begin
+
+    def spied(self: Worker, step: Metadata, idle: bool) -> None:
+        seen.extend(chunks.at_once for chunks in step.loads)
+        begin(self, step, idle)
+
+    monkeypatch.setattr(Worker, "begin", spied)
+    return seen
+
+
+def test_what_is_in_memory_is_loaded_at_once_where_nobody_else_waits(
+    llama: Path, memory: dict[str, Any], disk: dict[str, Any], at_once: list[bool]
+) -> None:
+    one, two = prompt(300), prompt(300, 1)
+    with engine(llama) as llm:
+        answers(llm, one), answers(llm, two)
+        own = [answers(llm, one)[0], answers(llm, two)[0]]
+    for extra, alone in ((memory, True), (disk, False)):
+        at_once.clear()
+        with engine(llama, extra) as llm:
+            answers(llm, one, two)
+            forget(llm)
+            assert answers(llm, one) == own[:1]
+            assert at_once == [alone]
+            forget(llm)
+            assert answers(llm, one, two) == own
+            assert at_once == [alone, False, False]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
+    llama: Path,
+    memory: dict[str, Any],
+    at_once: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: int,
+) -> None:
+    """The step computes, on blocks that did not come, more blocks: none of them may be stored."""
+    ids = prompt(400)
+    allocated = _vllm_scheduler.Scheduler.allocated
+
+    def evicted(self: Any, *arguments: Any) -> None:
+        """After the lookup and before the load, all but the root is gone, or all."""
+        self._cache.engine._tiers[0]._backend.delete(_chain(self)[kept:], 1.0)
+        allocated(self, *arguments)
+
+    with engine(llama) as llm:
+        cold, own = answers(llm, ids)[0][0], answers(llm, ids)
+    with engine(llama, memory) as llm:
+        answers(llm, ids[:200])
+        forget(llm)
+        with monkeypatch.context() as patch:
+            patch.setattr(_vllm_scheduler.Scheduler, "allocated", evicted)
+            assert answers(llm, ids)[0][0] == cold
+        forget(llm)
+        assert answers(llm, ids) == own
+        assert at_once == [True, True]
+
+
+def _chain(scheduler: Any) -> list[Any]:
+    """The keys of the one request's chunks, root first."""
+    (known,) = scheduler._requests.values()
+    return scheduler._ranks[0][0].keys(known.request.block_hashes, known.salt)
 
 
 def test_a_conversation_goes_on_from_generated_tokens(llama: Path, disk: dict[str, Any]) -> None:
