@@ -6,6 +6,7 @@ that kill at a line do so at every line instead of every third.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import gc
 import hashlib
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -445,6 +447,18 @@ def test_slots_run_out_before_bytes_do(pool: str) -> None:
     backend.close()
 
 
+def test_a_chunk_for_which_the_index_has_no_cell_is_not_there_and_takes_no_room(
+    backend: ShmBackend,
+) -> None:
+    """No two of 16 hashes meet in both buckets by chance; these do on purpose."""
+    keys = [ChunkKey(bytes(16) + bytes([1, 0, 0, 0, 0, 0, 0, n] * 2)) for n in range(17)]
+    for each in keys:
+        backend.put([(each, [memoryview(b"frame")])], [each], 1.0)
+    assert backend.contains(keys, 1.0) == [True] * 8 + [False] * 9
+    check(backend)
+    assert len(backend._pool._segment.state.nonzero()[0]) == 8
+
+
 def test_the_index_takes_less_than_200_bytes_a_chunk(pool: str) -> None:
     opener(pool)().close()
     raw = RawPool(pool)
@@ -574,6 +588,53 @@ def test_a_stopped_holder_of_the_lock_costs_a_deadline_and_stops_no_lookup(
     holder.kill()
     holder.wait()
     holder.stdout.close()
+    assert get(backend, 1) == value(1, 5000)
+
+
+@contextmanager
+def held_by_another(pool: str) -> Iterator[None]:
+    """The mutex, held by somebody who does not give it back."""
+    with RawPool(pool).path.open("rb+", 0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_nothing_is_changed_or_leased_without_the_lock(backend: ShmBackend, pool: str) -> None:
+    put(backend, 1)
+    room = backend.room(5000, [key(2)], 1.0)
+    parts = [memoryview(b"head"), room]
+
+    def shared() -> list[bytes]:
+        names = ("words", "state", "owner", "taken", "index", "keys", "used", "leases")
+        return [getattr(backend._pool._segment, name).tobytes() for name in names]
+
+    before = shared()
+    with held_by_another(pool):
+        for call in (
+            lambda: backend.put([(key(2), parts)], [key(2)], 0.01),
+            lambda: backend.put([(key(3), [memoryview(b"copied")])], [key(3)], 0.01),
+            lambda: backend.room(5000, [key(4)], 0.01),
+            lambda: list(backend.get([key(1)], lambda n: pytest.fail("no buffer"), 0.01)),
+            lambda: backend.delete([key(1)], 0.01),
+        ):
+            with pytest.raises(DeadlineExceeded):
+                call()
+        assert shared() == before
+
+
+def test_a_change_that_was_interrupted_is_mended(
+    backend: ShmBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as by Ctrl-C, which may be raised anywhere."""
+
+    def interrupted(slot: int) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend._pool, "_enter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            put(backend, 1)
+    assert backend.contains([key(1)], 1.0) == [True]
     assert get(backend, 1) == value(1, 5000)
 
 
