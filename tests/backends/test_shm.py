@@ -435,6 +435,56 @@ def chance_order(count: int) -> list[int]:
     return random.Random(1).sample(range(count), count)
 
 
+def evicting(pool: str, before: int) -> tuple[ShmBackend, list[ChunkKey]]:
+    """A pool that has room for four chunks and has some, and what it evicts from now on."""
+    backend = opener(pool, MIB)()
+    for number in range(before):
+        put(backend, number, MIB // 4)
+    evicted: list[ChunkKey] = []
+    backend.on_evict = evicted.extend
+    return backend, evicted
+
+
+def put_behind(backend: ShmBackend, *chain: int) -> None:
+    """Store the last of a sequence."""
+    parts = [memoryview(value(chain[-1], MIB // 4))]
+    assert backend.put([(key(chain[-1]), parts)], [key(number) for number in chain], 5.0) == 1
+
+
+def test_eviction_passes_over_what_was_used_is_in_the_sequence_or_is_looked_at(pool: str) -> None:
+    backend, evicted = evicting(pool, 4)
+    put_behind(backend, 10)
+    backend.touch([key(1)], 1.0)
+    put_behind(backend, 11)
+    put_behind(backend, 3, 12)  # 3 is the oldest now
+    view = get(backend, 1)  # as is 1
+    put_behind(backend, 13)
+    assert evicted == [key(number) for number in (0, 2, 10, 11)]
+    del view
+    check(backend)
+    backend.close()
+
+
+def test_a_sequence_that_is_stored_chunk_by_chunk_is_evicted_from_its_end(pool: str) -> None:
+    backend, evicted = evicting(pool, 0)
+    for length in range(1, 5):
+        put_behind(backend, *range(length))
+    for number in range(10, 14):
+        put_behind(backend, number)
+    assert evicted == [key(number) for number in (3, 2, 1, 0)]
+    backend.close()
+
+
+def test_a_sequence_that_grows_later_counts_as_used_from_its_root(pool: str) -> None:
+    backend, evicted = evicting(pool, 3)
+    backend._pool._segment.used[:] -= 10**9  # a second passes
+    put_behind(backend, 0, 3)
+    for number in range(10, 14):
+        put_behind(backend, number)
+    assert evicted == [key(number) for number in (1, 2, 3, 0)]
+    backend.close()
+
+
 def test_slots_run_out_before_bytes_do(pool: str) -> None:
     backend = opener(pool, 8 * MIB)()
     slots = RawPool(pool).word(4)
@@ -766,6 +816,15 @@ def dying(pool: str, act: str, line: int) -> None:
     sys.settrace(None)
 
 
+def die_holding(pool: str) -> None:
+    """Die as two members, amid a change, with a chunk and a room in the hands of each."""
+    members = [opener(pool, MIB)() for _ in range(2)]
+    held = [get(member, 0) for member in members]
+    held += [member.room(MIB // 8, [key(50)], 1.0) for member in members]
+    with members[0]._pool._changing(1.0):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize("act", ["put", "room", "get", "delete"])
 def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: str) -> None:
     survivor = opener(pool, MIB)()
@@ -776,8 +835,8 @@ def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: s
         line += 3 if SECONDS < 60 else 1
         for number in range(4):
             put(survivor, number, MIB // 4)
-        if act == "put":  # as if one had died before: then also while it mends that
-            survivor._pool._words[_segment.Word.DIRTY] = 1
+        if act == "put":  # one has died before: then also while it mends that
+            assert run_forked(lambda: die_holding(pool)) == signal.SIGKILL
         status = run_forked(lambda: dying(pool, act, line))  # noqa: B023
         assert status in (0, signal.SIGKILL)
         began = time.monotonic()
@@ -793,6 +852,27 @@ def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: s
             break
     assert line > 30
     survivor.close()
+
+
+def test_what_the_living_hold_outlives_the_dead(pool: str) -> None:
+    backend = opener(pool, MIB)()
+    put(backend, 0, MIB // 4)
+    view = get(backend, 0)
+    room = backend.room(MIB // 4, [key(1)], 1.0)
+    room[:] = value(1, MIB // 4)
+    assert run_forked(lambda: die_holding(pool)) == signal.SIGKILL
+    other = opener(pool, MIB)()
+    assert put(other, 2, MIB // 2 - 8 * PAGE) == 1  # with all that the dead held
+    assert view == value(0, MIB // 4)
+    where = np.frombuffer(room, np.uint8).ctypes.data
+    assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], 1.0) == 1
+    stored = get(backend, 1)
+    assert stored == b"head" + value(1, MIB // 4)
+    assert np.frombuffer(stored, np.uint8).ctypes.data == where - 4  # and was not copied
+    check(other)
+    del view, room, stored
+    backend.close()
+    other.close()
 
 
 KEYS = 200
