@@ -111,4 +111,6 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> t
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in host memory, contiguous; the tensor itself where it already is."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
     return tensor.detach().to("cpu").contiguous()
