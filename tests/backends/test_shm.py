@@ -289,6 +289,7 @@ def test_what_a_reader_holds_is_not_overwritten(pool: str) -> None:
     array = np.asarray(get(two, 1))
     part = array[1000:2000]
     del array
+    assert get(two, 1) is not None  # seen twice, and no longer once
     for number in range(2, 30):
         put(one, number, MIB // 4)
     assert one.contains([key(1)], 1.0) == [True]
