@@ -392,6 +392,14 @@ def test_a_head_larger_than_the_space_before_it_is_copied_with_its_payload(
     del room
 
 
+def test_a_part_of_a_room_is_stored_as_that_part(backend: ShmBackend) -> None:
+    room = backend.room(10_000, [key(1)], 1.0)
+    room[:] = value(1, 10_000)
+    backend.put([(key(1), [memoryview(b"head"), room[:5000]])], [key(1)], 1.0)
+    assert get(backend, 1) == b"head" + value(1, 5000)
+    del room
+
+
 def test_two_who_store_the_same_keep_one(pool: str) -> None:
     one, two = opener(pool)(), opener(pool)()
     rooms = [one.room(5000, [key(1)], 1.0), two.room(5000, [key(1)], 1.0)]
@@ -462,6 +470,26 @@ def test_eviction_passes_over_what_was_used_is_in_the_sequence_or_is_looked_at(p
     put_behind(backend, 13)
     assert evicted == [key(number) for number in (0, 2, 10, 11)]
     del view
+    check(backend)
+    backend.close()
+
+
+def test_a_large_chunk_displaces_none_of_its_own_sequence(pool: str) -> None:
+    backend, evicted = evicting(pool, 4)
+    parts = [memoryview(value(20, MIB // 2))]
+    assert backend.put([(key(20), parts)], [key(0), key(20)], 5.0) == 1
+    assert evicted == [key(1), key(2)]
+    backend.close()
+
+
+def test_what_was_deleted_is_not_evicted_again(pool: str) -> None:
+    backend, evicted = evicting(pool, 4)
+    put(backend, 10, MIB // 4)
+    backend.delete([key(1), key(2)], 1.0)
+    put(backend, 20, MIB // 2)  # in the slot of one, on the pages of both
+    put(backend, 21, MIB // 4)
+    assert evicted == [key(0), key(3)]
+    assert get(backend, 20) == value(20, MIB // 2)
     check(backend)
     backend.close()
 
@@ -640,6 +668,36 @@ def test_a_stopped_holder_of_the_lock_costs_a_deadline_and_stops_no_lookup(
     holder.wait()
     holder.stdout.close()
     assert get(backend, 1) == value(1, 5000)
+
+
+def test_whatever_is_derived_may_be_lost(backend: ShmBackend) -> None:
+    for number in range(20):
+        put(backend, number)
+    backend.delete([key(number) for number in range(0, 20, 3)], 1.0)
+    left = [key(number) for number in range(20) if number % 3]
+    room = backend.room(5000, [], 1.0)
+    evicted: list[ChunkKey] = []
+    backend.on_evict = evicted.extend
+    segment, words, word = backend._pool._segment, backend._pool._words, _segment.Word
+    segment.index[:] = 7
+    segment.taken[:] = 1
+    words[[word.FREE, word.LONGEST]] = 0
+    words[[word.CURSOR, word.LOW]] = words[[word.PAGES, word.SLOTS]]
+    words[[word.HIGH, word.DIRTY]] = 1
+    assert sorted(stored.key for stored in backend.scan()) == sorted(left)
+    assert backend.contains(left, 1.0) == [True] * len(left)
+    assert put(backend, 50) == 1
+    assert not evicted
+    check(backend)
+    del room
+
+
+def test_what_a_dead_process_was_removing_is_not_found(backend: ShmBackend) -> None:
+    put(backend, 1)
+    backend._pool._words[_segment.Word.DIRTY] = 1
+    backend._pool._segment.state[backend._pool._slot(key(1))] = GONE
+    assert backend.contains([key(1)], 1.0) == [False]
+    assert get(backend, 1) is None
 
 
 @contextmanager
