@@ -214,12 +214,14 @@ def test_another_layout_is_refused(pool: str, word: int, number: int, message: s
 
 def test_a_pool_whose_creator_was_killed_is_made_anew(pool: str) -> None:
     path = RawPool(pool).path
-    for rest in (b"", bytes(10 * PAGE)):
+    for rest in (b"", bytes(10 * PAGE), bytes(3 * MIB)):
         path.write_bytes(rest)
         path.chmod(0o600)
-        backend = opener(pool, MIB)()
+        backend, other = opener(pool, MIB)(), opener(pool, MIB)()
         assert put(backend, 1) == 1
+        assert get(other, 1) == value(1, 5000)
         backend.close()
+        other.close()
         path.unlink()
 
 
@@ -747,6 +749,20 @@ def test_a_change_that_was_interrupted_is_mended(
     assert get(backend, 1) == value(1, 5000)
 
 
+def test_a_pool_that_is_removed_while_one_waits_to_join_is_made_anew(pool: str) -> None:
+    opener(pool, MIB)().close()
+    opened: list[ShmBackend] = []
+    with held_by_another(pool):
+        thread = threading.Thread(target=lambda: opened.append(opener(pool, MIB)()))
+        thread.start()
+        time.sleep(0.2)
+        RawPool(pool).path.unlink()
+    thread.join()
+    (backend,) = opened
+    assert put(backend, 1) == 1
+    backend.close()
+
+
 def test_a_forked_child_has_no_part_in_its_parents_leases_and_locks(pool: str) -> None:
     backend = opener(pool, MIB)()
     put(backend, 1, MIB // 2)
@@ -882,6 +898,24 @@ def die_holding(pool: str) -> None:
     held += [member.room(MIB // 8, [key(50)], 1.0) for member in members]
     with members[0]._pool._changing(1.0):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_whatever_line_a_creator_is_killed_at_the_next_makes_the_pool(pool: str) -> None:
+    def create() -> None:
+        kill_at(line)
+        opener(pool, MIB)()
+        sys.settrace(None)
+
+    line, status = 0, signal.SIGKILL
+    while status == signal.SIGKILL:
+        line += 1
+        status = run_forked(create)
+        backend = opener(pool, MIB)()
+        assert put(backend, 1) == 1
+        backend.close()
+        RawPool(pool).path.unlink()
+    assert status == 0
+    assert line > 30
 
 
 @pytest.mark.parametrize("act", ["put", "room", "get", "delete"])
