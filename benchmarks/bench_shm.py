@@ -4,7 +4,8 @@
 
 A chunk of 256 tokens in bfloat16 takes 5.6 MiB for SmolLM2-135M, 32 MiB for an 8B Llama 3.
 
-    store      engine memory to a chunk that others see; limit: memcpy of the same bytes
+    store      engine memory to a chunk that others see; limit: memcpy of the same bytes into shared
+               memory, all of it in use before on both sides
     load       lookup to usable tensors of one chunk, by its size; beside a dictionary of tensors,
                a multiprocessing queue with pickle, and reading a file in the page cache
     visible    how long after `store` returned another process, which polls, has the tensors
@@ -56,7 +57,7 @@ def bench_store(kib: int, total: int, rounds: int, table: Table) -> None:
     nbytes = kib << 10
     chunks = total // nbytes
     source = torch.randint(0, 255, (chunks, nbytes), dtype=torch.uint8)
-    target = source.clone()
+    target = source.clone().share_memory_()
     halves = source.view(torch.bfloat16).view(chunks, 2, 1, 1, TOKENS, kib)
     with pooled((chunks + 1) * (nbytes + nbytes // 16)) as cache:
         namespace = cache.namespace(model="bench", layout=layout(kib))

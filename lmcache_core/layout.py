@@ -237,7 +237,6 @@ def _run_bytes(run: list[torch.Tensor]) -> memoryview:
     first = run[0]
     if not all(tensor.is_contiguous() for tensor in run):
         raise LayoutError("tensors to store must be contiguous")
-    start = first.data_ptr() - first.untyped_storage().data_ptr()
     length = sum(tensor.nbytes for tensor in run)
-    storage = torch.empty(0, dtype=torch.uint8).set_(first.untyped_storage())
-    return storage[start : start + length].numpy().data
+    # Beyond the first tensor's end lie its neighbours, in the same storage.
+    return first.view(-1).view(torch.uint8).as_strided((length,), (1,)).numpy().data

@@ -136,4 +136,6 @@ def own_stream(device: torch.device, after: torch.cuda.Event | None = None) -> I
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in host memory, contiguous; the tensor itself where it already is."""
+    if tensor.is_cpu and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
     return tensor.detach().to("cpu").contiguous()

@@ -27,8 +27,6 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from enum import IntEnum
 
 import numpy as np
 
@@ -44,8 +42,9 @@ _VERSION = 1
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-class Word(IntEnum):
-    """The words of the first page."""
+class Word:
+    """The words of the first page. Not an Enum: Python 3.11 takes longer to look one up than to
+    use it."""
 
     MAGIC = 0  # written last: a pool without it was never finished
     VERSION = 1
@@ -84,6 +83,8 @@ class Segment:
         """Create the pool's file or join it. Raises ConfigError where that cannot be."""
         self.path = path_of(pool)
         self._pid = os.getpid()
+        self.at: dict[str, int] = {}
+        """Where each column begins, in `memory`."""
         self.mutex = threading.Lock()
         self._fd = _open_locked(self.path)
         _OPEN.add(self)
@@ -110,9 +111,8 @@ class Segment:
         for name, dtype, shape in _columns(int(self.words[Word.CAPACITY])):
             column = np.frombuffer(self.memory, dtype, math.prod(shape), offset).reshape(shape)
             setattr(self, name, column)
+            self.at[name] = offset
             offset += _padded(column.nbytes)
-        self.state_at = int(self.words[Word.COLUMNS])
-        self.taken_at = int(self.words[Word.COLUMNS + 2])
 
     def check(self) -> None:
         """Raise StorageError where the mapping must not be touched or nobody else joins it."""
@@ -133,9 +133,8 @@ class Segment:
             return False
         return os.fstat(self._fd).st_size >= self.whole.nbytes
 
-    @contextlib.contextmanager
-    def locked(self, timeout: float) -> Iterator[None]:
-        """Hold the mutex. Raises DeadlineExceeded where another does for `timeout` seconds."""
+    def lock(self, timeout: float) -> None:
+        """Take the mutex. Raises DeadlineExceeded where another holds it for `timeout` seconds."""
         end = time.monotonic() + timeout
         if not self.mutex.acquire(timeout=max(timeout, 0)):
             raise DeadlineExceeded(f"a thread holds the lock for {timeout:.3g} s")
@@ -147,10 +146,14 @@ class Segment:
                     raise DeadlineExceeded(f"a process holds the lock for {timeout:.3g} s")
                 time.sleep(pause)
                 pause = min(2 * pause, 1e-3)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
+        except BaseException:
+            self.mutex.release()
+            raise
+
+    def unlock(self) -> None:
+        """Give the mutex back."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
             self.mutex.release()
 
