@@ -26,7 +26,8 @@ POOL_BYTES = 256 << 20
 
 
 class HostBuffers:
-    """Writable host memory by size; thread-safe. Pinned where an accelerator is present."""
+    """Writable host memory by size; thread-safe. Pinned in a process that uses CUDA: in another,
+    such as a scheduler's, that alone would take some of the device's memory."""
 
     def __init__(self, keep: int = POOL_BYTES) -> None:
         self._keep = keep
@@ -41,7 +42,8 @@ class HostBuffers:
         """
         if nbytes == 0:
             return memoryview(bytearray())
-        if torch.cuda.is_available():  # torch pools pinned memory itself
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            # torch pools pinned memory itself
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
         size = _round_up(nbytes)
         pages = self._take(size) or _map(size)

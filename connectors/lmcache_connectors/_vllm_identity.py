@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.request import Request
 
 from lmcache_connectors._sharing import shared_namespace
@@ -111,31 +113,24 @@ class Shape:
 
     def _group(self, group: Any, rank: int) -> Group:
         config, kv, spec = self._config, self._kv, group.kv_cache_spec
-        model = config.model_config
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         packing = self._packing(spec) if self._looked_at else None
         layout = KVLayout(groups=(_layer_group(group.layer_names, spec, packing),))
         if self.share_as:
-            text = model.hf_text_config
+            text = config.model_config.hf_text_config
             namespace = shared_namespace(self._engine, self.share_as, text, layout)
             return Group(namespace, spec.block_size, window, packing, keyed=True)
         namespace = self._engine.namespace(
-            model=_model_name(model.model),
-            weights=_weights(config),
-            revision=str(model.revision or ""),
+            **_model(config),
             layout=layout,
             rank=rank,
             world=config.parallel_config.tensor_parallel_size,
-            positions=_digest(_hf_config(model.hf_config)),
             memory_format="canonical" if packing else _memory_format(config, kv, spec),
             extra={
-                "vllm": vllm.__version__,
+                **_numbers(config),
                 "group": _digest([group.layer_names, repr(spec)]),
-                "hashes": _hashes(config, kv),
+                "hashes": _hashes(config, self.vllm_hashed),
                 "chunk": str(self.chunk),
-                "quantization": f"{model.quantization} {model.dtype}",
-                "cache": f"{config.cache_config.cache_dtype}",
-                "overrides": _digest(repr(model.hf_overrides)),
             },
         )
         return Group(namespace, spec.block_size, window, packing)
@@ -189,6 +184,57 @@ def _bytes_per_token(kv: KVCacheConfig) -> int:
         // group.kv_cache_spec.block_size
         for group in kv.kv_cache_groups
     )
+
+
+def offloaded(config: VllmConfig, offloading: OffloadingConfig, nbytes: int) -> dict[str, Any]:
+    """Namespace fields for the rows of vLLM's native offloading, `nbytes` bytes of all workers.
+
+    Raises ConfigError for models with LoRA adapters.
+    """
+    if config.lora_config is not None:
+        raise ConfigError("LoRA: vLLM offloads by an adapter's name and path, its files may change")
+    model, parallel, cut = config.model_config, offloading.parallel, offloading.cache
+    tokens = offloading.groups[0].tokens_per_block
+    block = SimpleNamespace(dtype=model.dtype, block_size=tokens, head_size=model.get_head_size())
+    workers = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
+    row = LayerGroup(
+        kind="opaque", layers=(0,), kv_heads=1, key_dim=nbytes, value_dim=0, dtype="uint8"
+    )
+    return {
+        **_model(config),
+        "layout": KVLayout(groups=(row,)),
+        "memory_format": _memory_format(config, offloading, block),
+        "extra": {
+            **_numbers(config),
+            "groups": _digest(repr(offloading.groups)),
+            "hashes": _hashes(config, cut.tokens_per_hash),
+            "row": f"{offloading.worker_kv_bytes_per_block} {cut.blocks_per_chunk}",
+            "workers": f"{parallel.world_size} {workers}",
+            "canonical": f"{offloading.canonical_layout} {offloading.replicated_layout}",
+        },
+    }
+
+
+def _model(config: VllmConfig) -> dict[str, Any]:
+    """Namespace fields that say which model it is."""
+    model = config.model_config
+    return {
+        "model": _model_name(model.model),
+        "weights": _weights(config),
+        "revision": str(model.revision or ""),
+        "positions": _digest(_hf_config(model.hf_config)),
+    }
+
+
+def _numbers(config: VllmConfig) -> dict[str, str]:
+    """What else decides which numbers the model computes and vLLM keeps."""
+    model = config.model_config
+    return {
+        "vllm": vllm.__version__,
+        "quantization": f"{model.quantization} {model.dtype}",
+        "cache": f"{config.cache_config.cache_dtype}",
+        "overrides": _digest(repr(model.hf_overrides)),
+    }
 
 
 class Adapters:
@@ -253,7 +299,7 @@ def _layer_indices(names: Sequence[str]) -> list[int]:
     return indices if distinct else list(range(len(names)))
 
 
-def _memory_format(config: VllmConfig, kv: KVCacheConfig, spec: Any) -> str:
+def _memory_format(config: VllmConfig, kv: KVCacheConfig | OffloadingConfig, spec: Any) -> str:
     """Names the packing within a block, which each attention backend chooses for itself."""
     cache = config.cache_config
     backend = getattr(config.attention_config, "backend", None)
@@ -266,12 +312,12 @@ def _memory_format(config: VllmConfig, kv: KVCacheConfig, spec: Any) -> str:
     return f"{name} {kv.kv_cache_layout} {spec.block_size}"
 
 
-def _hashes(config: VllmConfig, kv: KVCacheConfig) -> str:
-    """What vLLM's block hashes depend on besides what they hash."""
+def _hashes(config: VllmConfig, tokens: int) -> str:
+    """What vLLM's block hashes, of `tokens` tokens each, depend on besides what they hash."""
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed
 
     algorithm = config.cache_config.prefix_caching_hash_algo
-    return f"{algorithm} {get_none_hash_seed()!r} {hash_block_size(config, kv)}"
+    return f"{algorithm} {get_none_hash_seed()!r} {tokens}"
 
 
 def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:

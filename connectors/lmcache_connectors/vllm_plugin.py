@@ -1,4 +1,5 @@
-"""vLLM's plugin: registers the connector, and turns it on where the environment configures us.
+"""vLLM's plugin: registers connector and tier, and turns the connector on where the environment
+configures us.
 
 vLLM calls `register` in every process, before it builds its config. An explicit
 kv_transfer_config wins; with no LMCACHE_* variable set vLLM stays as it is.
@@ -6,6 +7,7 @@ kv_transfer_config wins; with no LMCACHE_* variable set vLLM stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -16,6 +18,8 @@ from lmcache_core import ConfigError, asks_strict, load_config
 
 NAME = "LmcacheCoreConnector"
 MODULE = "lmcache_connectors.vllm"
+TIER = "LmcacheCoreTier"
+TIER_MODULE = "lmcache_connectors.vllm_tier"
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -31,6 +35,36 @@ def register() -> None:
     create = EngineArgs.create_engine_config
     if not hasattr(create, "lmcache_core"):
         EngineArgs.create_engine_config = _with_default(create)
+    with contextlib.suppress(ImportError):  # vLLM before its tiers
+        _register_tier()
+
+
+def _register_tier() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    if TIER not in SecondaryTierFactory._registry:
+        SecondaryTierFactory.register_tier(TIER, TIER_MODULE, TIER)
+    create = KVConnectorFactory.create_connector
+    if not hasattr(create, "lmcache_core"):
+        KVConnectorFactory.create_connector = staticmethod(_with_config(create))
+
+
+def _with_config(create: Any) -> Any:
+    """KVConnectorFactory.create_connector, during which our tier can ask for vLLM's config: what
+    vLLM hands to a tier does not tell one revision of a model from another."""
+
+    @functools.wraps(create)
+    def wrapped(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if TIER not in str(config.kv_transfer_config):
+            return create(config, *args, **kwargs)
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(config):
+            return create(config, *args, **kwargs)
+
+    wrapped.lmcache_core = True  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _with_default(create: Any) -> Any:

@@ -1,0 +1,276 @@
+"""A tier behind vLLM's own CPU offloading: Redis, memcached, S3 and disks.
+
+vLLM keeps what it offloads in rows of host memory, one a chunk, each with the bytes of all workers.
+It hands this tier keys and the numbers of rows. A row is stored as it is, as a chunk of one token
+that is as wide as the row.
+
+vLLM calls all of this on its scheduler's thread, so nothing here waits: lookups, loads and stores
+run on threads of their own. What cannot be loaded is a miss, what cannot be stored is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from itertools import takewhile
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.kv_offload.base import (
+    Locality,
+    LookupResult,
+    Medium,
+    OffloadingSpec,
+    OffloadKey,
+    ReqContext,
+    RequestOffloadingContext,
+    ScheduleEndContext,
+)
+from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
+from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+import lmcache_core
+from lmcache_connectors._vllm_identity import offloaded
+from lmcache_core import (
+    ChunkKey,
+    Config,
+    ConfigError,
+    Hit,
+    Tensors,
+    TensorsToTensors,
+    Workers,
+    asks_strict,
+    copy_exact,
+    load_config,
+)
+
+log = logging.getLogger("vllm.lmcache_core")
+
+LOADERS = 8
+_Outcome = tuple[int, float]
+"""How many of a job's rows, from the first, were moved, and the seconds that took."""
+
+
+class LmcacheCoreTier(SecondaryTierManager):
+    """vLLM's SecondaryTierManager over a CacheEngine.
+
+    Its entry in `secondary_tiers` holds `config_file`, or the keys of one (`tiers`); without either
+    the environment says. `strict`: what makes reuse impossible, such as a store that does not
+    answer, is an error at start, not a log line.
+    """
+
+    medium: ClassVar[Medium] = Medium.STORAGE
+    cache_hit_source: ClassVar[CacheHitSource] = CacheHitSource.EXTERNAL_UNSPECIFIED
+    """A disk here or a server elsewhere."""
+
+    def __init__(
+        self,
+        offloading_spec: OffloadingSpec,
+        primary_kv_view: memoryview,
+        tier_type: str,
+        backpressure_detector: Any = None,
+        *,
+        strict: bool = False,
+        locality: str | None = None,
+        **config: Any,
+    ) -> None:
+        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        strict = strict or asks_strict(config.get("config_file"))
+        self.locality = Locality(locality) if locality else None
+        self._jobs: dict[int, tuple[TransferJob, Future[_Outcome]]] = {}
+        self._chains: dict[str, list[ChunkKey]] = defaultdict(list)
+        """Of each request, what it loaded and stored so far: stores evict a chunk before those
+        that it follows."""
+        self._loaders = Workers("lmcache-vllm-load", LOADERS)
+        self._storer = Workers("lmcache-vllm-store", 1)
+        self._rows: _Rows | None = None
+        try:
+            settings = _settings(config, strict)
+            self._rows = _Rows(offloading_spec, primary_kv_view, settings)
+        except Exception as error:
+            if strict:
+                raise
+            log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
+            return
+        self._lookups = _Lookups(tier_type, self._rows)
+
+    def on_new_request(self, req_context: ReqContext) -> RequestOffloadingContext:
+        return RequestOffloadingContext()
+
+    def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
+        if self._rows is None:
+            return LookupResult.MISS
+        found = self._lookups.lookup(key, req_context)
+        if found is None:
+            return LookupResult.RETRY
+        return LookupResult.HIT if found else LookupResult.MISS
+
+    def submit_load(self, job_metadata: TransferJob) -> None:
+        self._submit(job_metadata, self._loaders, _Rows.load)
+
+    def submit_store(self, job_metadata: TransferJob) -> None:
+        self._submit(job_metadata, self._storer, _Rows.store)
+
+    def _submit(self, job: TransferJob, workers: Workers, move: _Move) -> None:
+        if self._rows is None:
+            self._jobs[job.job_id] = job, _nothing()
+            return
+        chain = self._chains[job.req_context.req_id]
+        first = len(chain)
+        chain += self._rows.keys(job.keys)
+        work = partial(_timed, move, self._rows, tuple(chain), first, job.chunk_ids.tolist())
+        self._jobs[job.job_id] = job, workers.submit(work)
+
+    def get_finished_jobs(self) -> Iterable[JobResult]:
+        done = [number for number, (_, future) in self._jobs.items() if future.done()]
+        return [self._result(*self._jobs.pop(number)) for number in done]
+
+    def _result(self, job: TransferJob, future: Future[_Outcome]) -> JobResult:
+        keys = list(job.keys)
+        count, seconds = future.result()
+        if job.is_promotion:
+            self._lookups.mark_miss(keys[count:])  # or vLLM would try again and again
+        return JobResult(
+            job.job_id,
+            success=count == len(keys),
+            successful_keys=keys[:count] or None,
+            transfer_time=seconds,
+            transfer_bytes=count * self.block_size_bytes,
+        )
+
+    def on_request_finished(self, req_context: ReqContext) -> None:
+        self._chains.pop(req_context.req_id, None)
+        if self._rows is not None:
+            self._lookups.cleanup(req_context.req_id)
+
+    def on_schedule_end(self, context: ScheduleEndContext) -> None:
+        if self._rows is not None:
+            self._lookups.flush()
+
+    def drain_jobs(self) -> None:
+        """VLLM resets its caches, as it does when weights change: wait for all jobs, then share
+        nothing with what was stored so far."""
+        wait([future for _, future in self._jobs.values()])
+        self._chains.clear()
+        if self._rows is not None:
+            self._rows.forget()
+
+    def shutdown(self) -> None:
+        rows, self._rows = self._rows, None
+        if rows is None:
+            return
+        self._lookups.shutdown()
+        wait([future for _, future in self._jobs.values()])
+        self._loaders.close()
+        self._storer.close()
+        rows.close()
+
+
+class _Rows:
+    """VLLM's rows of host memory and the cache behind them. Its methods may be called from any
+    thread."""
+
+    def __init__(self, spec: OffloadingSpec, view: memoryview, config: Config) -> None:
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None:
+            raise ConfigError(
+                "vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?"
+            )
+        fields = offloaded(vllm_config, spec.config, view.shape[1])
+        self._cache = lmcache_core.open(config)
+        try:
+            self._namespace = self._cache.namespace(**fields)
+        except Exception:
+            self._cache.close()
+            raise
+        self._rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
+
+    def keys(self, keys: Collection[OffloadKey]) -> list[ChunkKey]:
+        return self._namespace.keys_from_hashes(keys)
+
+    def contains(self, keys: Collection[OffloadKey]) -> list[bool]:
+        return [tier is not None for tier in self._cache.locate(self.keys(keys))]
+
+    def load(self, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]) -> int:
+        """Load the keys from `first` on into the rows `ids`; returns how many, in order, came."""
+        asked = keys[first:]
+        one = len(self._cache.tiers) == 1  # vLLM has just heard that it is there
+        where = [0] * len(asked) if one else self._cache.locate(asked)
+        tiers = tuple(takewhile(lambda tier: tier is not None, where))
+        count = 0
+        for chunk in self._cache.load(Hit(keys, (0,) * first + tiers), start=first):
+            copy_exact(self._rows[ids[count]], chunk.tensors["g0.k"].view(-1))
+            count += 1
+        return count
+
+    def store(self, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]) -> int:
+        """Store the rows `ids` under the keys from `first` on; the cache counts what it drops."""
+
+        def gather(index: int, out: Tensors) -> None:
+            copy_exact(out["g0.k"].view(-1), self._rows[ids[index - first]])
+
+        self._cache.store(self._namespace, keys, gather, start=first, tokens=1)
+        return len(ids)
+
+    def forget(self) -> None:
+        """Store and find only what belongs to the weights as they are from now on."""
+        self._namespace = self._namespace.model_copy(update={"adapter": f"{uuid.uuid4()}"})
+
+    def close(self) -> None:
+        """Write what was promised and release vLLM's memory."""
+        self._cache.close()
+        del self._rows
+
+
+class _Lookups(AsyncLookupManager):
+    """vLLM's background lookups, one batch for each request of a step."""
+
+    def __init__(self, tier_type: str, rows: _Rows) -> None:
+        self._rows = rows
+        super().__init__(tier_type)
+
+    def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
+        return self._rows.contains(keys)
+
+
+_Move = Callable[[_Rows, tuple[ChunkKey, ...], int, Sequence[int]], int]
+
+
+def _timed(
+    move: _Move, rows: _Rows, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]
+) -> _Outcome:
+    began = time.monotonic()
+    try:
+        count = move(rows, keys, first, ids)
+    except Exception as error:  # vLLM computes what did not come
+        log.warning("a job failed: %r", error)
+        count = 0
+    return count, time.monotonic() - began
+
+
+def _nothing() -> Future[_Outcome]:
+    """What comes of a job without a cache."""
+    future: Future[_Outcome] = Future()
+    future.set_result((0, 0.0))
+    return future
+
+
+def _settings(entry: dict[str, Any], strict: bool) -> Config:
+    """What a tier's entry describes, for chunks of one token."""
+    file = entry.pop("config_file", None)
+    if file and entry:
+        raise ConfigError("secondary_tiers: expected either config_file or its keys")
+    config = load_config(file or entry or None)
+    for tier in config.tiers:
+        for serde in tier.serde:
+            if isinstance(serde.create(), TensorsToTensors):
+                raise ConfigError(f"{tier.where}.serde: {serde.name} wants numbers, rows are bytes")
+    return config.model_copy(update={"chunk_size": 1, "strict": strict})
