@@ -11,7 +11,6 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-VLLM := .cache/vllm/bin/python
 OLDEST := .cache/transformers-5.16.1
 VLLM := .cache/vllm
 READY := $(VENV)/.ready
@@ -43,11 +42,9 @@ bench-serde: $(READY)
 bench-shm: $(READY)
 	$(BIN)/python benchmarks/bench_shm.py
 
-# Needs vLLM (the CPU build) and lmcache-core[redis,s3] in an environment of their own: VLLM says
-# where its python is. Half an hour on two cores that do nothing else.
-bench-vllm: $(READY)
+bench-vllm: $(READY) $(VLLM)/.ready
 	sh .ci/servers
-	$(BIN)/python benchmarks/bench_vllm.py --vllm $(VLLM) --write
+	$(BIN)/python benchmarks/bench_vllm.py --vllm $(VLLM)/bin/python --write
 
 lint: $(READY)
 	$(BIN)/ruff check .

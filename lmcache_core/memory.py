@@ -126,7 +126,7 @@ def own_stream(device: torch.device, after: torch.cuda.Event | None = None) -> I
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     if after is not None:
         stream.wait_event(after)
     try:
