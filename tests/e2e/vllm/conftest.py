@@ -67,7 +67,9 @@ def saved(config: Any, folder: Path, seed: int = 0) -> Path:
 def engine(model: Path, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
     """An LLM in this process. `extra`: kv_connector_extra_config; without it, no connector."""
     from vllm import LLM
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+    ensure_kv_transfer_shutdown()  # of an engine that did not start
     settings: dict[str, Any] = {
         "model": str(model),
         "skip_tokenizer_init": True,

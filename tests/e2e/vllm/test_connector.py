@@ -137,10 +137,14 @@ def blocks_of(llm: Any, count: int) -> list[list[torch.Tensor]]:
 def same_blocks(some: Sequence[Sequence[torch.Tensor]], others: Sequence[Any]) -> bool:
     """Every block that is there is one of those that were stored."""
     for mine, theirs in zip(some, others, strict=True):
-        known = {block.numpy().tobytes() for block in theirs}
-        if not mine or any(block.numpy().tobytes() not in known for block in mine):
+        known = {as_bytes(block) for block in theirs}
+        if not mine or any(as_bytes(block) not in known for block in mine):
             return False
     return True
+
+
+def as_bytes(block: torch.Tensor) -> bytes:
+    return block.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @MODELS
