@@ -309,7 +309,7 @@ def _memory_format(config: VllmConfig, kv: KVCacheConfig | OffloadingConfig, spe
 
         isa = _get_attn_isa(spec.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
         name += f" {isa}"
-    return f"{name} {kv.kv_cache_layout} {spec.block_size}"
+    return f"{name} {getattr(kv, 'kv_cache_layout', '')} {spec.block_size}"
 
 
 def _hashes(config: VllmConfig, tokens: int) -> str:
@@ -322,7 +322,12 @@ def _hashes(config: VllmConfig, tokens: int) -> str:
 
 def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:
     """Tokens that one of vLLM's block hashes stands for."""
-    return int(kv.hash_block_size or config.cache_config.block_size)
+    size = getattr(kv, "hash_block_size", None)
+    if size is None:  # vLLM 0.30 and 0.31 do not say it there
+        from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+        size = resolve_kv_cache_block_sizes(kv, config)[1]
+    return int(size)
 
 
 def _hf_config(hf_config: Any) -> dict[str, Any]:
