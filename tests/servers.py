@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -28,10 +29,19 @@ def program(name: str) -> str:
     return found
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """A loopback port that nobody listens on, another one each time. Below those that the kernel
+    gives to connections, so that none takes it before its server does."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        if port in _GIVEN:
+            continue
+        _GIVEN.add(port)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class Server:
