@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import redis as stock
 
-from tests.backends.redis_servers import redis_server
+from tests.backends.redis_servers import eventually, redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.processes import (
     PATIENCE,
@@ -27,7 +29,7 @@ from tests.e2e.vllm.processes import (
 from tests.e2e.vllm.test_connector import answers
 from tests.servers import Server, free_port, running
 
-pytestmark = pytest.mark.timeout(3 * PATIENCE)
+pytestmark = [pytest.mark.timeout(3 * PATIENCE), pytest.mark.xdist_group("vllm-disaggregated")]
 
 PROXY = ROOT / "examples" / "disaggregated_prefill" / "proxy.py"
 
@@ -102,17 +104,25 @@ def test_the_answer_streams_through(instances: Instances) -> None:
     assert [token for portion in portions for token in portion] == whole
 
 
-def test_what_was_announced_and_is_lost_is_computed(instances: Instances) -> None:
-    """The decode instance waits for it, for a while."""
-    ids = prompt(20)
-    first = json.loads(instances.prefill.post("/v1/completions", completion(ids, max_tokens=1)))
-    announced = first["kv_transfer_params"]
-    assert announced == {"lmcache_core_tokens": 400 // BLOCK * BLOCK}
-    with stock.Redis(port=instances.redis) as client:
+def test_the_decode_instance_waits_for_what_was_announced(instances: Instances) -> None:
+    """What comes late is loaded; what never comes is computed."""
+    ids, other = prompt(20), prompt(21)
+    blocks = 400 // BLOCK
+    with stock.Redis(port=instances.redis) as client, ThreadPoolExecutor(1) as thread:
         client.flushall()
-    tokens, reused = instances.decode.ask(ids, kv_transfer_params=announced)
+        text = instances.prefill.post("/v1/completions", completion(ids, max_tokens=1))
+        announced = json.loads(text)["kv_transfer_params"]
+        assert announced == {"lmcache_core_tokens": blocks * BLOCK}
+        eventually(lambda: client.dbsize() == blocks)
+        kept = {key: client.get(key) for key in client.scan_iter()}
+        client.flushall()
+        late = thread.submit(instances.decode.ask, ids, kv_transfer_params=announced)
+        time.sleep(0.3)
+        client.mset(kept)
+        assert late.result()[1] == REUSED
+    tokens, reused = instances.decode.ask(other, kv_transfer_params=announced)
     assert reused == 0
-    assert len(tokens) == 12
+    assert tokens == instances.decode.ask(other)[0]
 
 
 def test_without_a_prefill_instance_the_other_does_all(

@@ -14,7 +14,7 @@ from tests.backends.redis_servers import eventually
 from tests.e2e.vllm.conftest import BLOCK
 from tests.e2e.vllm.processes import PATIENCE, Instance, environment
 
-pytestmark = pytest.mark.timeout(3 * PATIENCE)
+pytestmark = [pytest.mark.timeout(3 * PATIENCE), pytest.mark.xdist_group("vllm-serve")]
 
 ONE, TWO = (random.Random(seed).choices(range(3, 258), k=400) for seed in (1, 2))
 REUSED = 399 // BLOCK * BLOCK
@@ -46,6 +46,8 @@ def first(start: Any) -> Iterator[dict[str, Any]]:
         assert json.loads(server.post("/reset_prefix_cache", {})) == {"success": True}
         said["ours"] = server.ask(ONE)
         said["stored"] = server.metric("vllm:lmcache_core_stored_chunks", tier="disk")
+        server.post("/reset_prefix_cache?reset_external=true", {})
+        said["anew"] = server.ask(ONE)
         said["started"] = server.running()
         server.terminate()
         said["status"] = server.wait()
@@ -67,6 +69,7 @@ def test_after_a_reset_of_its_own_cache_a_server_has_ours(first: dict[str, Any])
     assert first["own"] == (tokens, REUSED)
     assert first["ours"] == (tokens, REUSED)
     assert first["stored"] == 2 * (400 // BLOCK)
+    assert first["anew"] == (tokens, 0)  # ours was to be reset, too
 
 
 def test_a_server_ends_when_it_is_told_to(first: dict[str, Any]) -> None:
