@@ -18,7 +18,7 @@ from lmcache_core import load_config
 from tests.backends.redis_servers import redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.processes import PATIENCE, environment, run, said
-from tests.e2e.vllm.test_connector import answers, connector, flush, forget, prompt, stats, worker
+from tests.e2e.vllm.test_connector import answers, connector, forget, prompt, stats
 from tests.servers import free_port, running
 
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
@@ -153,9 +153,6 @@ def test_an_explicit_config_wins(
     }  # fmt: skip
     with engine(llama, kv_transfer_config=example) as llm:
         assert type(connector(llm)).__name__ == "ExampleConnector"
-    disk = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
-    with engine(llama, {"tiers": [disk]}) as llm:
-        assert [tier.name for tier in worker(llm)._worker._cache.engine.tiers] == ["disk"]
 
 
 def test_a_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,16 +162,14 @@ def test_a_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ids = prompt(300)
     with engine(llama) as llm:
         cold = answers(llm, ids)
-        flush(llm)
-    with engine(llama) as llm:
+        forget(llm)
         assert answers(llm, ids) == [(cold[0][0], 299 // BLOCK * BLOCK)]
+    assert list((tmp_path / "kv").glob("chunks/*/*"))
 
 
 WRONG = {
     "scheme": ({"LMCACHE_REMOTE_URL": "http://127.0.0.1"}, "LMCACHE_REMOTE_URL"),
     "unreachable": ({"LMCACHE_REMOTE_URL": "redis://127.0.0.1:1"}, "refused"),
-    "unknown": ({"LMCACHE_LOCAL_CPUS": "true"}, "LMCACHE_LOCAL_CPUS"),
-    "file": ({"LMCACHE_CONFIG_FILE": "/no/such.yaml"}, "/no/such.yaml"),
 }
 
 
@@ -192,7 +187,7 @@ def test_a_wrong_environment_serves_without_a_cache_and_says_why(
 ) -> None:
     with engine(llama) as llm:
         assert answers(llm, prompt(100))[0][1] == 0
-    said = {record.message for record in caplog.records if record.name == "vllm.lmcache_core"}
+    said = {record.message for record in caplog.records if "lmcache_core" in record.name}
     assert any(wrong in message for message in said), said
     assert all("\n" not in message for message in said)
 
