@@ -37,6 +37,9 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_USE_AOT_COMPILE": "0",
         "TORCHDYNAMO_DISABLE": "1",
+        # Shorter than the 5 s after which vLLM kills an engine core that waits for its workers;
+        # killed ones leave shared memory behind.
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "2",
         **more,
     }
 
