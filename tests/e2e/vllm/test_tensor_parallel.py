@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import secrets
@@ -35,6 +36,15 @@ print("said:", json.dumps(answers))
 """
 IDS = prompt(400)
 REUSED = 399 // BLOCK * BLOCK
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_ranks() -> Iterator[None]:
+    """vLLM leaves behind the shared memory through which its ranks speak."""
+    before = set(glob.glob("/dev/shm/vllm_dist_*"))
+    yield
+    for path in set(glob.glob("/dev/shm/vllm_dist_*")) - before:
+        os.unlink(path)
 
 
 @pytest.fixture
