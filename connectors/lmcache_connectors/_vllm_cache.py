@@ -138,7 +138,8 @@ def _shared(tier: TierConfig) -> TierConfig:
     if tier.backend != "local_cpu":
         return tier
     capacity = tier.options.capacity
-    return TierConfig(
+    pool = TierConfig(
         backend="shm", name=tier.name, capacity=capacity, pool=f"vllm-{capacity}",
-        serde=tier.serde, deadline=tier.deadline, where=tier.where,
+        serde=tier.serde, deadline=tier.deadline,
     )  # fmt: skip
+    return pool.model_copy(update={"where": tier.where})

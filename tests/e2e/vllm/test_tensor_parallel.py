@@ -1,0 +1,91 @@
+"""Two workers, each with half of the KV heads: what is stored of a prompt are chunks of both."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_backends.shm import ShmBackend, ShmOptions
+from lmcache_backends.shm import main as shm
+from tests.e2e.vllm.conftest import BLOCK, engine
+from tests.e2e.vllm.processes import PATIENCE, environment, run, said
+from tests.e2e.vllm.test_connector import answers, prompt
+
+pytestmark = pytest.mark.timeout(3 * PATIENCE)
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+settings, prompt, times = json.loads(sys.argv[1])
+llm = LLM(**settings)
+sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
+answers = []
+for _ in range(times):
+    out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
+    answers.append([out.num_cached_tokens, list(out.outputs[0].token_ids)])
+    assert llm.reset_prefix_cache()
+print("said:", json.dumps(answers))
+"""
+IDS = prompt(400)
+REUSED = 399 // BLOCK * BLOCK
+
+
+@pytest.fixture(autouse=True)
+def _memory_of_ranks() -> Iterator[None]:
+    """vLLM leaves behind the shared memory through which its ranks speak."""
+    before = set(glob.glob("/dev/shm/vllm_dist_*"))
+    yield
+    for path in set(glob.glob("/dev/shm/vllm_dist_*")) - before:
+        os.unlink(path)
+
+
+@pytest.fixture
+def pool() -> Iterator[dict[str, Any]]:
+    """A tier that all processes share."""
+    name = f"tp-{secrets.token_hex(4)}"
+    yield {"backend": "shm", "pool": name, "capacity": "64MiB"}
+    shm(["clear", name])
+
+
+def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
+    extra = {"chunk_size": BLOCK, "tiers": [pool]}
+    settings = {
+        "model": str(llama), "skip_tokenizer_init": True, "enforce_eager": True, "block_size": BLOCK,
+        "dtype": "float32", "max_model_len": 1024, "tensor_parallel_size": 2,
+        "kv_transfer_config": {
+            "kv_connector": "LmcacheCoreConnector", "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        },
+    }  # fmt: skip
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    env = environment(tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores)))
+
+    def ask(name: str, times: int) -> Any:
+        return said(run(tmp_path / name, SCRIPT, json.dumps([settings, IDS, times]), env=env))
+
+    (cold, tokens), (reused, again) = ask("first", 2)
+    assert (cold, reused) == (0, REUSED)
+    assert again == tokens
+    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 2  # of each rank
+    assert ask("second", 1) == [[REUSED, tokens]]
+    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 2
+    with engine(llama, extra) as llm:  # one rank, with all heads
+        assert answers(llm, IDS) == [(tokens, 0)]
+    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 3
+
+
+def chunks(pool: dict[str, Any]) -> Counter[bytes]:
+    """How many a pool has of each namespace."""
+    backend = ShmBackend(ShmOptions(pool=pool["pool"], capacity=pool["capacity"]))
+    try:
+        return Counter(stored.key.namespace for stored in backend.scan())
+    finally:
+        backend.close()
