@@ -107,6 +107,8 @@ class Metadata(KVConnectorMetadata):
     stores: list[Chunks] = field(default_factory=list)
     weights: int = 0
     """How often the weights had changed, as far as the scheduler knew."""
+    idle: bool = False
+    """Whether vLLM computes nothing in this step."""
 
 
 @dataclass

@@ -297,7 +297,7 @@ class Scheduler:
                 known = self._requests.get(request)
                 if known is not None:
                     stores += self._new_blocks(known, computed, output)
-        return Metadata(loads, stores, self._weights)
+        return Metadata(loads, stores, self._weights, idle=not output.total_num_scheduled_tokens)
 
     def _new_blocks(
         self, known: _Known, computed: int, output: SchedulerOutput

@@ -73,8 +73,8 @@ class Worker:
 
     # Loading
 
-    def begin(self, step: Metadata, idle: bool) -> None:
-        """Start the step's loads. `idle`: vLLM computes nothing meanwhile."""
+    def begin(self, step: Metadata) -> None:
+        """Start the step's loads."""
         self._spoilt = False
         for chunks in step.loads:
             load = partial(self._load, chunks, step.weights != self._weights_now())
@@ -83,7 +83,7 @@ class Worker:
             elif missing := load():
                 self._spoilt = True
                 self._failed_blocks |= missing
-        if idle and self._loads:
+        if step.idle and self._loads:
             wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
 
     def _load(self, chunks: Chunks, stale: bool) -> set[int]:

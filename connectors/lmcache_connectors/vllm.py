@@ -155,7 +155,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker:
-            self._worker.begin(self._step, idle=forward_context.attn_metadata is None)
+            self._worker.begin(self._step)
         else:
             self._refused.update(chunks.request for chunks in self._step.loads)
 

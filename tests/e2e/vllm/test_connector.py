@@ -236,9 +236,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     begin = Worker.begin
 
-    def spied(self: Worker, step: Metadata, idle: bool) -> None:
+    def spied(self: Worker, step: Metadata) -> None:
         seen.extend(chunks.at_once for chunks in step.loads)
-        begin(self, step, idle)
+        begin(self, step)
 
     monkeypatch.setattr(Worker, "begin", spied)
     return seen

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
+from lmcache_connectors import _vllm_worker
+from lmcache_connectors.vllm import LmcacheCoreConnector
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import (
     GREEDY,
@@ -154,3 +157,34 @@ def test_attention_with_a_latent_vector(disk: dict[str, Any], tmp_path: Path) ->
         print("blocks", llm.llm_engine.vllm_config.cache_config.block_size)
     with engine(model, disk, dtype="bfloat16") as llm:
         assert answers(llm, ids)[0][1] > 0
+
+
+def test_a_step_that_computes_does_not_wait_for_loads(
+    llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On GPUs vLLM starts background loads where its forward context is gone already."""
+    from vllm.forward_context import get_forward_context, set_forward_context
+
+    idle: list[bool] = []
+    waited: list[bool] = []
+    start = LmcacheCoreConnector.start_load_kv
+
+    def without_context(self: Any, context: Any, **more: Any) -> None:
+        idle.append(context.attn_metadata is None)
+        waited.append(False)
+        self._worker._loads["another"] = Future()  # never ends
+        with set_forward_context(None, self._vllm_config):
+            start(self, get_forward_context(), **more)
+        del self._worker._loads["another"]
+
+    def noted(jobs: Any, *_: Any, **__: Any) -> None:
+        waited[-1] |= len(jobs) > 0
+
+    with engine(llama, disk) as llm, monkeypatch.context() as patch:
+        patch.setattr(LmcacheCoreConnector, "start_load_kv", without_context)
+        patch.setattr(_vllm_worker, "wait", noted)
+        answers(llm, prompt(300))
+        forget(llm)
+        answers(llm, prompt(300))
+        assert set(waited) == {False, True}
+        assert waited == idle
