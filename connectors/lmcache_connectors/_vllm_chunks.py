@@ -45,7 +45,7 @@ class Group:
 
     def keys(self, hashes: Iterable[bytes], salt: str) -> list[ChunkKey]:
         """Of the chunks at whose ends vLLM's hashes are these."""
-        if self._keyed:
+        if self._keyed and not salt:
             return [ChunkKey(each) for each in hashes]
         return self.salted(salt).keys_from_hashes(hashes)
 

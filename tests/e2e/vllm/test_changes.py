@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.vllm.conftest import BLOCK, engine
+from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
 
 
@@ -32,6 +32,68 @@ def test_weights_that_are_loaded_anew_share_nothing_with_the_old_ones(
         assert answers(llm, ids)[0][1] == 0
         forget(llm)
         assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+
+
+def test_shared_kv_of_the_old_weights_is_neither_loaded_nor_added_to(
+    llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other engines go on with what was stored before."""
+    ids, other, shared = prompt(200), prompt(200, 1), {**disk, "share_as": "tiny llama"}
+    with engine(llama, shared) as llm:
+        answers(llm, ids)
+        flush(llm)
+        llm.collective_rpc("reload_weights")
+        answers(llm, prompt(40, 9))  # a step, in which the scheduler hears of it
+        forget(llm)
+        assert answers(llm, ids)[0][1] == 0
+        answers(llm, other)
+        forget(llm)
+        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+        flush(llm)
+    assert "store failed" not in caplog.text
+    with engine(llama, shared) as llm:
+        assert answers(llm, other)[0][1] == 0
+        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+
+
+def test_a_directory_with_other_weights_is_another_model(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """Trained on, and saved over itself, within one process."""
+    from transformers import AutoConfig
+
+    folder = tmp_path / "trained"
+    ids = prompt(200)
+    for seed in (1, 2):
+        saved(AutoConfig.from_pretrained(llama), folder, seed)
+        with engine(folder, disk) as llm:
+            assert answers(llm, ids)[0][1] == 0
+            flush(llm)
+
+
+def test_positions_for_long_prompts_are_not_those_for_short_ones(
+    disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """LongRoPE: vLLM takes the factors of the longest prompt that it would serve."""
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16,
+            "rope_theta": 10000.0, "original_max_position_embeddings": 512}  # fmt: skip
+    config = Phi3Config(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=512, max_position_embeddings=1024, pad_token_id=0,
+        original_max_position_embeddings=512, rope_parameters=rope,
+    )  # fmt: skip
+    model, ids = saved(config, tmp_path / "phi"), prompt(200)
+    for longest, reused in ((512, 0), (1024, 0), (512, 199 // BLOCK * BLOCK)):
+        with engine(model, disk, max_model_len=longest) as llm:
+            assert answers(llm, ids)[0][1] == reused
+            flush(llm)
+    with (
+        pytest.raises(Exception, match="share_as"),
+        engine(model, {**disk, "share_as": "phi", "strict": True}),
+    ):
+        pass
 
 
 def test_a_load_ordered_before_the_weights_changed_does_not_happen(
