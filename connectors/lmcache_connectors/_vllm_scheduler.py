@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
@@ -95,15 +96,20 @@ class Scheduler:
         self._epoch = ""
         self._weights = 0
         # A load that fails in the very step that needs it spoils what that step computes. So no
-        # other step may have been built on it, and vLLM must take the blocks' numbers for an
-        # answer. A worker that turns out to move nothing fails loads in the background only.
+        # other step may have been built on it, no other rank may go on from what was computed, and
+        # vLLM must take the blocks' numbers for an answer. A worker that turns out to move nothing
+        # fails loads in the background only.
         parallel = config.parallel_config
         self._in_order = (
             not config.scheduler_config.async_scheduling
-            and parallel.pipeline_parallel_size == 1
+            and parallel.world_size == 1
             and len(kv.kv_cache_groups) == 1
         )
         self._worker_heard = False
+        self.blocks: KVCacheManager | None = None
+        """vLLM's, once it has told."""
+        self._unproven: _Known | None = None
+        """Whose step computes on a load of which nothing was heard yet."""
         events = config.kv_events_config
         self._events: list[KVCacheEvent] | None = (
             [] if events is not None and events.enable_kv_cache_events else None
@@ -228,6 +234,7 @@ class Scheduler:
         known.at_once = (
             self._in_order
             and self._worker_heard
+            and self.blocks is not None
             and len(self._requests) == 1
             and all(tiers[n].in_memory for n in places)
         )
@@ -246,6 +253,8 @@ class Scheduler:
         known.sources = self._by_tier(found, end - external, end)
         for tier, tokens in known.sources:
             self._cache.count("hit_tokens", tokens, tier.name)
+        if known.at_once:
+            self._unproven = known
         self._loads.append(chunks)
 
     def _by_tier(self, found: Found, begin: int, end: int) -> list[tuple[TierInfo, int]]:
@@ -335,9 +344,23 @@ class Scheduler:
             name = known.request.request_id
             if name in output.failed_recving or known.loading & failed:
                 known.reads = False
+        unproven, self._unproven = self._unproven, None
+        if unproven and unproven.loading & failed:
+            self._disown(unproven)
+
+    def _disown(self, known: _Known) -> None:
+        """Take out of vLLM's prefix cache what was loaded in a step, and computed on it: vLLM has
+        it there before the step ran, and leaves it there when the load fails."""
+        assert self.blocks is not None
+        (ids,) = self.blocks.get_block_ids(known.request.request_id)
+        first = next((n for n, block in enumerate(ids) if block in known.loading), len(ids))
+        self.blocks.evict_blocks(set(ids[first:]))
 
     def end(self, request: Request) -> dict[str, Any] | None:
         """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
+        if self._unproven and self._unproven.request is request:  # aborted while its step ran
+            self._disown(self._unproven)
+            self._unproven = None
         known = self._requests.pop(request.request_id, None)
         if known is None or known.handled is None or self._transfer.is_kv_consumer:
             return None
