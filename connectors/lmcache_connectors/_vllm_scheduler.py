@@ -33,11 +33,13 @@ from lmcache_core import TierInfo, Workers
 log = logging.getLogger("vllm.lmcache_core")
 
 INLINE_SECONDS = 0.002
-"""How long the scheduler waits for a lookup before it goes on with other requests."""
+"""How long the scheduler waits for lookups in a step before it goes on with other requests."""
 LOOKUPS = 8
 """Lookups under way at once."""
 ANNOUNCED_SECONDS = 2.0
 """How long a request waits for KV that another instance has announced."""
+AGAIN_SECONDS = 0.01
+"""How long after a look for it another one is worth it."""
 
 
 class Found(NamedTuple):
@@ -63,6 +65,10 @@ class _Known:
     asked: tuple[int, int] = (0, 0)
     """Hashed and usable tokens that the lookup was about."""
     found: Found | None = None
+    again: float = 0.0
+    """When to look again for what another instance has announced."""
+    until: float = 0.0
+    """Until when to wait for it; 0 before anything was missing."""
     handled: int | None = None
     """Tokens whose blocks are stored, or were found stored; None before the first step."""
     loading: frozenset[int] = frozenset()
@@ -90,6 +96,8 @@ class Scheduler:
         self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
         self._unit = self._shape.unit
         self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
+        self._patience = INLINE_SECONDS
+        """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}
         self._loads: list[Chunks] = []
         self._adapters = Adapters()
@@ -141,21 +149,8 @@ class Scheduler:
         if known.lookup is None or known.asked != asked:
             known.asked = asked
             hashes = list(self._shape.hashes(request))
-            announced = _announced(request) if known.lookup is None else 0
-            known.lookup = self._lookups.submit(
-                lambda: self._find_announced(hashes, usable, known.salt, announced)
-            )
+            known.lookup = self._lookups.submit(lambda: self._find(hashes, usable, known.salt))
         return known.lookup
-
-    def _find_announced(self, hashes: list[bytes], usable: int, salt: str, announced: int) -> Found:
-        """What is stored, once all that another instance has announced is."""
-        wanted = min(announced // self._unit * self._unit, usable)
-        end = time.monotonic() + ANNOUNCED_SECONDS
-        while True:
-            found = self._find(hashes, usable, salt)
-            if found.tokens >= wanted or time.monotonic() > end:
-                return found
-            time.sleep(0.005)
 
     def _find(self, hashes: list[bytes], usable: int, salt: str) -> Found:
         """The longest prefix that every group of every rank has, as far as it needs it."""
@@ -209,16 +204,33 @@ class Scheduler:
         if known is None or not known.reads:
             return 0
         lookup = self._ask(known)
+        began = time.monotonic()
         try:
-            found = lookup.result(INLINE_SECONDS)
+            found = lookup.result(max(0.0, self._patience))
         except FutureTimeout:
             return None
         except Exception as error:  # ours or a backend's; the request is computed
             log.warning("lmcache-core: a lookup failed: %r", error)
             known.reads = False
             return 0
+        finally:
+            self._patience -= time.monotonic() - began
+        if self._awaits(known, found):
+            return None
         known.found = found
         return max(0, min(found.tokens, found.usable) - computed)
+
+    def _awaits(self, known: _Known, found: Found) -> bool:
+        """Whether another instance has announced more, and may still be storing it. No thread
+        waits for that: it is looked for again."""
+        announced = min(_announced(known.request) // self._unit * self._unit, found.usable)
+        now = time.monotonic()
+        known.until = known.until or now + ANNOUNCED_SECONDS
+        if found.tokens >= announced or now > known.until:
+            return False
+        if now > known.again:
+            known.lookup, known.again = None, now + AGAIN_SECONDS
+        return True
 
     # Loading
 
@@ -300,6 +312,7 @@ class Scheduler:
     def step(self, output: SchedulerOutput) -> Metadata:
         """What the workers have to do in the step that `output` describes."""
         loads, self._loads = self._loads, []
+        self._patience = INLINE_SECONDS
         stores: list[Chunks] = []
         if self._transfer.is_kv_producer and output.kv_connector_block_state is not None:
             for request, computed in _computed(output):
@@ -322,7 +335,7 @@ class Scheduler:
         if full <= known.handled:
             return
         ends = set(chunk_ends(0, full, self._chunk))
-        parted = computed // self._unit * self._unit
+        parted = min(computed, full) // self._unit * self._unit  # drafts may run ahead of full
         if parted > known.handled:
             ends.add(parted)
         ids = output.kv_connector_block_state.get_block_ids(name)

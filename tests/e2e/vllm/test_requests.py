@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 
-from lmcache_connectors import _vllm_worker
+from lmcache_connectors import _vllm_scheduler, _vllm_worker
+from lmcache_connectors._vllm_chunks import Metadata
 from lmcache_connectors.vllm import LmcacheCoreConnector
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import (
@@ -188,3 +191,73 @@ def test_a_step_that_computes_does_not_wait_for_loads(
         answers(llm, prompt(300))
         assert set(waited) == {False, True}
         assert waited == idle
+
+
+def test_many_lookups_that_last_hold_up_no_step(
+    llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step waits for all of them as long as for one."""
+    answered = Event()
+    find = _vllm_scheduler.Scheduler._find
+
+    def late(self: Any, *arguments: Any) -> Any:
+        answered.wait(60)
+        return find(self, *arguments)
+
+    monkeypatch.setattr(_vllm_scheduler, "INLINE_SECONDS", 0.2)
+    monkeypatch.setattr(_vllm_scheduler.Scheduler, "_find", late)
+    with engine(llama, disk) as llm:
+        core = llm.llm_engine
+        for n in range(50):
+            core.add_request(str(n), {"prompt_token_ids": prompt(64, n)}, GREEDY)
+        core.step()
+        began = time.monotonic()
+        core.step()
+        assert time.monotonic() - began < 5
+        answered.set()
+        while core.has_unfinished_requests():
+            core.step()
+
+
+def test_what_was_announced_and_never_comes_holds_up_nobody_else(
+    llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 600)
+    params = {"kv_transfer_params": {_vllm_scheduler.ANNOUNCED: 64}}
+    promised = SamplingParams(temperature=0, max_tokens=2, detokenize=False, extra_args=params)
+    with engine(llama, disk) as llm:
+        core = llm.llm_engine
+        for n in range(20):
+            core.add_request(str(n), {"prompt_token_ids": prompt(100, n)}, promised)
+        core.add_request("other", {"prompt_token_ids": prompt(100, 99)}, GREEDY)
+        while not any(out.finished for out in core.step()):
+            pass
+        assert core.get_num_unfinished_requests() == 20
+        monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 0)
+        for known in connector(llm)._scheduler._requests.values():
+            known.until = time.monotonic()
+        while core.has_unfinished_requests():
+            core.step()
+
+
+def test_drafts_that_run_ahead_of_what_is_known(llama: Path, disk: dict[str, Any]) -> None:
+    """Asynchronous scheduling counts drafts as computed before anybody knows what they are."""
+    with engine(llama, disk) as llm:
+        core = llm.llm_engine
+        core.add_request("a", {"prompt_token_ids": prompt(2 * BLOCK)}, GREEDY)
+        scheduler = connector(llm)._scheduler
+        step, ends = scheduler.step, []
+
+        def ahead(output: Any) -> Metadata:
+            for new in output.scheduled_new_reqs:
+                new.num_computed_tokens = 4 * BLOCK
+            metadata = step(output)
+            for new in output.scheduled_new_reqs:
+                new.num_computed_tokens = 0
+            ends.extend(chunks.ends for chunks in metadata.stores)
+            return metadata
+
+        scheduler.step = ahead
+        while core.has_unfinished_requests():
+            core.step()
+        assert ends[0] == [BLOCK, 2 * BLOCK]
