@@ -8,13 +8,16 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm import SamplingParams
 
 from lmcache_connectors import _vllm_scheduler, _vllm_worker
 from lmcache_connectors._vllm_chunks import Metadata
+from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors.vllm import LmcacheCoreConnector
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import (
@@ -261,3 +264,36 @@ def test_drafts_that_run_ahead_of_what_is_known(llama: Path, disk: dict[str, Any
         while core.has_unfinished_requests():
             core.step()
         assert ends[0] == [BLOCK, 2 * BLOCK]
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM's memory is not the host's, as far as the worker knows."""
+    elsewhere = property(lambda self: SimpleNamespace(type="another"))
+    monkeypatch.setattr(GroupMemory, "device", elsewhere)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_all_that_one_step_fills_is_staged_together(
+    name: str, request: pytest.FixtureRequest, disk: dict[str, Any]
+) -> None:
+    prompts = [prompt(100, n) for n in range(12)]
+    with engine(request.getfixturevalue(name), disk) as llm:
+        plain = [tokens for tokens, _ in answers(llm, *prompts)]
+        forget(llm)
+        assert answers(llm, *prompts) == [(tokens, 96) for tokens in plain]
+
+
+@pytest.mark.usefixtures("device")
+def test_where_the_device_has_no_room_nothing_is_stored_and_vllm_goes_on(
+    llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(GroupMemory, "staged", full)
+    with engine(llama, disk) as llm:
+        cold = answers(llm, prompt(100))
+        forget(llm)
+        assert answers(llm, prompt(100)) == [(cold[0][0], 0)]
