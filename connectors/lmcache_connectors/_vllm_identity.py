@@ -263,13 +263,21 @@ class Adapters:
         if lora is None:
             return ""
         path = Path(lora.lora_path)
-        files = sorted(path.iterdir()) if path.is_dir() else []
-        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        try:  # a name on a hub is no path: who knows what it stands for
+            states = [(file.name, *_state(file)) for file in sorted(path.iterdir())]
+        except OSError:
+            return None
         now = _digest([lora.lora_name, str(path), states])
         if getattr(lora, "load_inplace", False):
             self._seen[lora.lora_int_id] = now
         known = self._seen.setdefault(lora.lora_int_id, now)
         return known if known == now else None
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Changes with a file's content. Raises OSError."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _model_name(model: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lmcache_connectors._vllm_identity import Adapters
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
 
@@ -169,6 +170,26 @@ def test_adapters_share_nothing_and_a_name_with_other_files_neither(
         assert other[1] == 0
         assert other[0] != adapted[0]
         assert ask(llm, None) == (plain, 199 // BLOCK * BLOCK)
+
+
+def test_an_adapter_whose_files_cannot_be_told_is_computed(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """VLLM may have it, from a hub or in memory: what cannot be named is not stored."""
+    from vllm.lora.request import LoRARequest
+
+    place = lora(llama, tmp_path / "one", 1)
+    (place / "gone").symlink_to("nowhere")
+    assert Adapters().fingerprint(LoRARequest("a", 1, "somebody/adapter")) is None
+    ids = prompt(200)
+    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
+        for _ in range(2):
+            adapter = LoRARequest("a", 1, str(place))
+            (out,) = llm.generate(
+                [{"prompt_token_ids": ids}], GREEDY, lora_request=adapter, use_tqdm=False
+            )
+            assert out.num_cached_tokens == 0
+            forget(llm)
 
 
 def test_prompts_whose_logprobs_are_asked_for_are_computed(
