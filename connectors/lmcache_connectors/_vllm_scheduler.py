@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -127,6 +128,10 @@ class Scheduler:
             "lmcache-core is on: %s; chunks of %d tokens, %.1f MB each",
             tiers, self._chunk, self._shape.bytes_per_chunk / 1e6,
         )  # fmt: skip
+
+    def adapter(self, lora: LoRARequest) -> None:
+        """An adapter is loaded: from now on these files are what vLLM computes with."""
+        self._adapters.fingerprint(lora)
 
     # Looking up
 

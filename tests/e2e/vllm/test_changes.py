@@ -172,6 +172,35 @@ def test_adapters_share_nothing_and_a_name_with_other_files_neither(
         assert ask(llm, None) == (plain, 199 // BLOCK * BLOCK)
 
 
+def test_files_that_changed_since_an_adapter_was_loaded_are_not_what_computes(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """A server loads adapters long before the first request that names them."""
+    from vllm.lora.request import LoRARequest
+
+    one, two = lora(llama, tmp_path / "one", 1), lora(llama, tmp_path / "two", 2)
+    place, ids = tmp_path / "adapter", prompt(200)
+    shutil.copytree(one, place)
+    adapter = LoRARequest("a", 1, str(place))
+
+    def ask(llm: Any) -> int:
+        asked = [{"prompt_token_ids": ids}]
+        (out,) = llm.generate(asked, GREEDY, lora_request=adapter, use_tqdm=False)
+        flush(llm)
+        return out.num_cached_tokens
+
+    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
+        llm.llm_engine.add_lora(adapter)
+        shutil.rmtree(place)
+        shutil.copytree(two, place)
+        ask(llm)
+    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
+        assert ask(llm) == 0
+    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
+        llm.llm_engine.add_lora(adapter)
+        assert ask(llm) == 199 // BLOCK * BLOCK
+
+
 def test_an_adapter_whose_files_cannot_be_told_is_computed(
     llama: Path, disk: dict[str, Any], tmp_path: Path
 ) -> None:
