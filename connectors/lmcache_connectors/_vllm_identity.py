@@ -69,6 +69,8 @@ class Shape:
         )
         if max(others) > 1:
             raise ConfigError("pipeline and context parallelism are not supported")
+        if not config.model_config.is_prefix_caching_supported:
+            raise ConfigError("vLLM needs the whole prompt of this model, no prefix can be reused")
         self._config, self._kv, self._engine = config, kv, engine
         self._model = _model(config)
         self._looked_at = looked_at

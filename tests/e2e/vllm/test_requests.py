@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -297,3 +298,35 @@ def test_where_the_device_has_no_room_nothing_is_stored_and_vllm_goes_on(
         cold = answers(llm, prompt(100))
         forget(llm)
         assert answers(llm, prompt(100)) == [(cold[0][0], 0)]
+
+
+def test_embeddings_that_need_the_whole_prompt_are_computed(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """VLLM's pooler raises where a part of the prompt was not computed."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    from vllm import PoolingParams
+    from vllm.config import PoolerConfig
+
+    words = Tokenizer(WordLevel({str(n): n for n in range(512)}, unk_token="0"))
+    model = shutil.copytree(llama, tmp_path / "llama")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="2")
+    tokenizer.save_pretrained(model)
+
+    def embedded(llm: Any) -> torch.Tensor:
+        core = llm.llm_engine
+        core.add_request("a", {"prompt_token_ids": prompt(300)}, PoolingParams(task="embed"))
+        while not (outs := [out for out in core.step() if out.finished]):
+            pass
+        return outs[0].outputs.data
+
+    for pooling, reuses in (("LAST", True), ("MEAN", False)):
+        pooler = PoolerConfig(seq_pooling_type=pooling)
+        options = {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
+        with engine(model, disk, skip_tokenizer_init=False, **options) as llm:
+            assert (connector(llm)._scheduler is not None) == reuses
+            first = embedded(llm)
+            llm.reset_prefix_cache()
+            assert torch.equal(embedded(llm), first)
