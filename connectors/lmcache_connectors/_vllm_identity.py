@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -39,11 +40,11 @@ from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
 within a chunk reuses nothing of that chunk, so chunks stay small."""
-_SAMPLE = 1 << 20
-"""Bytes of each weights file that its fingerprint reads at the begin, middle and end."""
+_SAMPLE, _STEP = 4 << 10, 1 << 20
+"""A fingerprint reads so many bytes of the weights, and after so many the next: of every tensor."""
 _BY_LENGTH = ("longrope", "dynamic")
 """Rotary embeddings that Transformers scales by a prompt's length, and vLLM once for all."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class Shape:
@@ -373,29 +374,33 @@ def _digest(value: Any) -> str:
 
 
 def _weights(config: VllmConfig) -> str:
-    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot."""
+    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot.
+
+    Raises ConfigError where neither tells what they are.
+    """
     model = config.model_config
-    load = str(config.load_config.load_format)
-    if load == "dummy":
+    if str(config.load_config.load_format) == "dummy":
         return f"dummy {model.seed}"
     path = Path(model.model)
     if path.exists():
-        return _files(str(path))
-    return str(getattr(model.hf_config, "_commit_hash", None) or "")
+        return _files(path)
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if not commit:
+        raise ConfigError(f"nothing tells which weights {model.model} are")
+    return str(commit)
 
 
-def _files(path: str) -> str:
-    """Of names, sizes and samples of the content, so that gigabytes take milliseconds."""
-    root = Path(path)
-    files = sorted(root.iterdir()) if root.is_dir() else [root]
+def _files(path: Path) -> str:
+    """Of names, sizes and samples of all weights, so that gigabytes take a second."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in _WEIGHTS and file.is_file()]
+    if not files:
+        raise ConfigError(f"no weights in {path}: nothing tells which they are")
     state = hashlib.blake2b(digest_size=16)
     for file in files:
-        if file.suffix not in _WEIGHTS or not file.is_file():
-            continue
         size = file.stat().st_size
-        state.update(f"{file.name if root.is_dir() else ''} {size}\n".encode())
+        state.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
         with file.open("rb") as data:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
-                data.seek(start)
-                state.update(data.read(_SAMPLE))
+            for start in (*range(0, size, _STEP), max(0, size - _SAMPLE)):
+                state.update(os.pread(data.fileno(), _SAMPLE, start))
     return state.hexdigest()

@@ -323,8 +323,17 @@ class Scheduler:
             for request, computed in _computed(output):
                 known = self._requests.get(request)
                 if known is not None:
-                    stores += self._new_blocks(known, computed, output)
+                    stores += self._filled(known, computed, output)
         return Metadata(loads, stores, self._weights, idle=not output.total_num_scheduled_tokens)
+
+    def _filled(self, known: _Known, computed: int, output: SchedulerOutput) -> list[Chunks]:
+        """The chunks that this step fills. A fault of ours must not end the engine."""
+        try:
+            return list(self._new_blocks(known, computed, output))
+        except Exception as error:
+            log.warning("lmcache-core: a request is not stored: %r", error)
+            self._requests.pop(known.request.request_id, None)
+            return []
 
     def _new_blocks(
         self, known: _Known, computed: int, output: SchedulerOutput

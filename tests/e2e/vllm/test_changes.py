@@ -234,3 +234,20 @@ def test_prompts_whose_logprobs_are_asked_for_are_computed(
         (out,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
         assert out.num_cached_tokens == 0
         assert len(out.prompt_logprobs) == 200
+
+
+def test_any_part_of_the_weights_tells_them_apart(tmp_path: Path) -> None:
+    """A fine-tuned copy may differ in a few tensors only, with the same names and sizes."""
+    file = tmp_path / "model.safetensors"
+    seen = set()
+    for place in [None, 0, 3_300_000, 7_200_000]:
+        data = bytearray(8 << 20)
+        if place is not None:
+            data[place : place + (1 << 20)] = b"\1" * (1 << 20)
+        file.write_bytes(data)
+        seen.add(_vllm_identity._files(tmp_path))
+    assert len(seen) == 4
+    file.unlink()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no weights"):
+        _vllm_identity._files(tmp_path)
