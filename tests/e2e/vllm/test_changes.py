@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from lmcache_connectors import _vllm_identity
 from lmcache_connectors._vllm_identity import Adapters
+from lmcache_core import ConfigError
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
 
