@@ -45,7 +45,7 @@ class Group:
 
     def keys(self, hashes: Iterable[bytes], salt: str) -> list[ChunkKey]:
         """Of the chunks at whose ends vLLM's hashes are these."""
-        if self._keyed:
+        if self._keyed and not salt:
             return [ChunkKey(each) for each in hashes]
         return self.salted(salt).keys_from_hashes(hashes)
 
@@ -107,6 +107,8 @@ class Metadata(KVConnectorMetadata):
     stores: list[Chunks] = field(default_factory=list)
     weights: int = 0
     """How often the weights had changed, as far as the scheduler knew."""
+    idle: bool = False
+    """Whether vLLM computes nothing in this step."""
 
 
 @dataclass

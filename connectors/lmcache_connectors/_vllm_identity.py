@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -39,9 +40,11 @@ from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
 within a chunk reuses nothing of that chunk, so chunks stay small."""
-_SAMPLE = 1 << 20
-"""Bytes of each weights file that its fingerprint reads at the begin, middle and end."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
+_SAMPLE, _STEP = 4 << 10, 1 << 20
+"""A fingerprint reads so many bytes of the weights, and after so many the next: of every tensor."""
+_BY_LENGTH = ("longrope", "dynamic")
+"""Rotary embeddings that Transformers scales by a prompt's length, and vLLM once for all."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class Shape:
@@ -60,9 +63,17 @@ class Shape:
         by pipeline stage or context.
         """
         parallel = config.parallel_config
-        if parallel.pipeline_parallel_size > 1 or parallel.decode_context_parallel_size > 1:
-            raise ConfigError("pipeline and decode context parallelism are not supported")
+        others = (
+            parallel.pipeline_parallel_size,
+            parallel.decode_context_parallel_size,
+            getattr(parallel, "prefill_context_parallel_size", 1),  # not in vLLM 0.30
+        )
+        if max(others) > 1:
+            raise ConfigError("pipeline and context parallelism are not supported")
+        if not config.model_config.is_prefix_caching_supported:
+            raise ConfigError("vLLM needs the whole prompt of this model, no prefix can be reused")
         self._config, self._kv, self._engine = config, kv, engine
+        self._model = _model(config)
         self._looked_at = looked_at
         self.share_as = share_as(config)
         self.chunk = engine.chunk_size
@@ -83,6 +94,8 @@ class Shape:
             )
         if self.share_as and (len(blocks) > 1 or parallel.world_size > 1):
             raise ConfigError("share_as: expected one KV cache group on one device")
+        if self.share_as and _has_rope(config.model_config.hf_config.to_dict(), *_BY_LENGTH):
+            raise ConfigError("share_as: positions that change with a prompt are not shared")
 
     def hashed_tokens(self, request: Request) -> int:
         """Tokens of a request that vLLM has hashed: none of them is a draft."""
@@ -121,7 +134,7 @@ class Shape:
             namespace = shared_namespace(self._engine, self.share_as, text, layout)
             return Group(namespace, spec.block_size, window, packing, keyed=True)
         namespace = self._engine.namespace(
-            **_model(config),
+            **self._model,
             layout=layout,
             rank=rank,
             world=config.parallel_config.tensor_parallel_size,
@@ -222,7 +235,7 @@ def _model(config: VllmConfig) -> dict[str, Any]:
         "model": _model_name(model.model),
         "weights": _weights(config),
         "revision": str(model.revision or ""),
-        "positions": _digest(_hf_config(model.hf_config)),
+        "positions": _digest(_positions(model)),
     }
 
 
@@ -253,13 +266,21 @@ class Adapters:
         if lora is None:
             return ""
         path = Path(lora.lora_path)
-        files = sorted(path.iterdir()) if path.is_dir() else []
-        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        try:  # a name on a hub is no path: who knows what it stands for
+            states = [(file.name, *_state(file)) for file in sorted(path.iterdir())]
+        except OSError:
+            return None
         now = _digest([lora.lora_name, str(path), states])
         if getattr(lora, "load_inplace", False):
             self._seen[lora.lora_int_id] = now
         known = self._seen.setdefault(lora.lora_int_id, now)
         return known if known == now else None
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Changes with a file's content. Raises OSError."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _model_name(model: str) -> str:
@@ -330,11 +351,21 @@ def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:
     return int(size)
 
 
-def _hf_config(hf_config: Any) -> dict[str, Any]:
-    fields = dict(hf_config.to_dict())
+def _positions(model: Any) -> dict[str, Any]:
+    """The model's config. LongRoPE has factors for short and for long prompts, and vLLM takes those
+    of the longest prompt that it would serve."""
+    fields = dict(model.hf_config.to_dict())
     for name in ("_name_or_path", "transformers_version"):
         fields.pop(name, None)
+    if _has_rope(fields, "longrope"):
+        fields["max_model_len"] = model.max_model_len
     return fields
+
+
+def _has_rope(fields: dict[str, Any], *kinds: str) -> bool:
+    """Whether a model's config names one of these kinds of rotary embeddings."""
+    text = json.dumps(fields, default=str)
+    return any(f'"{kind}"' in text for kind in kinds)
 
 
 def _digest(value: Any) -> str:
@@ -343,30 +374,33 @@ def _digest(value: Any) -> str:
 
 
 def _weights(config: VllmConfig) -> str:
-    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot."""
+    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot.
+
+    Raises ConfigError where neither tells what they are.
+    """
     model = config.model_config
-    load = str(config.load_config.load_format)
-    if load == "dummy":
+    if str(config.load_config.load_format) == "dummy":
         return f"dummy {model.seed}"
     path = Path(model.model)
     if path.exists():
-        return _files(str(path))
-    return str(getattr(model.hf_config, "_commit_hash", None) or "")
+        return _files(path)
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if not commit:
+        raise ConfigError(f"nothing tells which weights {model.model} are")
+    return str(commit)
 
 
-@lru_cache(maxsize=8)
-def _files(path: str) -> str:
-    """Of names, sizes and samples of the content, so that gigabytes take milliseconds."""
-    root = Path(path)
-    files = sorted(root.iterdir()) if root.is_dir() else [root]
+def _files(path: Path) -> str:
+    """Of names, sizes and samples of all weights, so that gigabytes take a second."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [file for file in files if file.suffix in _WEIGHTS and file.is_file()]
+    if not files:
+        raise ConfigError(f"no weights in {path}: nothing tells which they are")
     state = hashlib.blake2b(digest_size=16)
     for file in files:
-        if file.suffix not in _WEIGHTS or not file.is_file():
-            continue
         size = file.stat().st_size
-        state.update(f"{file.name if root.is_dir() else ''} {size}\n".encode())
+        state.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
         with file.open("rb") as data:
-            for start in (0, size // 2, max(0, size - _SAMPLE)):
-                data.seek(start)
-                state.update(data.read(_SAMPLE))
+            for start in (*range(0, size, _STEP), max(0, size - _SAMPLE)):
+                state.update(os.pread(data.fileno(), _SAMPLE, start))
     return state.hexdigest()

@@ -88,7 +88,7 @@ class GroupMemory:
     def staged(self, blocks: Sequence[int]) -> GroupMemory:
         """These blocks, copied on the device as they are at this point of its work."""
         twin = copy.copy(self)
-        index = torch.tensor(blocks, device=self.device)
+        index = torch.tensor(blocks, device=self._layers[0].device)
         twin._layers = [layer.index_select(0, index) for layer in self._layers]
         twin._joined = None
         twin._places = {block: n for n, block in enumerate(blocks)}

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
@@ -32,11 +34,13 @@ from lmcache_core import TierInfo, Workers
 log = logging.getLogger("vllm.lmcache_core")
 
 INLINE_SECONDS = 0.002
-"""How long the scheduler waits for a lookup before it goes on with other requests."""
+"""How long the scheduler waits for lookups in a step before it goes on with other requests."""
 LOOKUPS = 8
 """Lookups under way at once."""
 ANNOUNCED_SECONDS = 2.0
 """How long a request waits for KV that another instance has announced."""
+AGAIN_SECONDS = 0.01
+"""How long after a look for it another one is worth it."""
 
 
 class Found(NamedTuple):
@@ -62,6 +66,10 @@ class _Known:
     asked: tuple[int, int] = (0, 0)
     """Hashed and usable tokens that the lookup was about."""
     found: Found | None = None
+    again: float = 0.0
+    """When to look again for what another instance has announced."""
+    until: float = 0.0
+    """Until when to wait for it; 0 before anything was missing."""
     handled: int | None = None
     """Tokens whose blocks are stored, or were found stored; None before the first step."""
     loading: frozenset[int] = frozenset()
@@ -89,21 +97,28 @@ class Scheduler:
         self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
         self._unit = self._shape.unit
         self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
+        self._patience = INLINE_SECONDS
+        """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}
         self._loads: list[Chunks] = []
         self._adapters = Adapters()
         self._epoch = ""
         self._weights = 0
         # A load that fails in the very step that needs it spoils what that step computes. So no
-        # other step may have been built on it, and vLLM must take the blocks' numbers for an
-        # answer. A worker that turns out to move nothing fails loads in the background only.
+        # other step may have been built on it, no other rank may go on from what was computed, and
+        # vLLM must take the blocks' numbers for an answer. A worker that turns out to move nothing
+        # fails loads in the background only.
         parallel = config.parallel_config
         self._in_order = (
             not config.scheduler_config.async_scheduling
-            and parallel.pipeline_parallel_size == 1
+            and parallel.world_size == 1
             and len(kv.kv_cache_groups) == 1
         )
         self._worker_heard = False
+        self.blocks: KVCacheManager | None = None
+        """vLLM's, once it has told."""
+        self._unproven: _Known | None = None
+        """Whose step computes on a load of which nothing was heard yet."""
         events = config.kv_events_config
         self._events: list[KVCacheEvent] | None = (
             [] if events is not None and events.enable_kv_cache_events else None
@@ -113,6 +128,10 @@ class Scheduler:
             "lmcache-core is on: %s; chunks of %d tokens, %.1f MB each",
             tiers, self._chunk, self._shape.bytes_per_chunk / 1e6,
         )  # fmt: skip
+
+    def adapter(self, lora: LoRARequest) -> None:
+        """An adapter is loaded: from now on these files are what vLLM computes with."""
+        self._adapters.fingerprint(lora)
 
     # Looking up
 
@@ -135,21 +154,8 @@ class Scheduler:
         if known.lookup is None or known.asked != asked:
             known.asked = asked
             hashes = list(self._shape.hashes(request))
-            announced = _announced(request) if known.lookup is None else 0
-            known.lookup = self._lookups.submit(
-                lambda: self._find_announced(hashes, usable, known.salt, announced)
-            )
+            known.lookup = self._lookups.submit(lambda: self._find(hashes, usable, known.salt))
         return known.lookup
-
-    def _find_announced(self, hashes: list[bytes], usable: int, salt: str, announced: int) -> Found:
-        """What is stored, once all that another instance has announced is."""
-        wanted = min(announced // self._unit * self._unit, usable)
-        end = time.monotonic() + ANNOUNCED_SECONDS
-        while True:
-            found = self._find(hashes, usable, salt)
-            if found.tokens >= wanted or time.monotonic() > end:
-                return found
-            time.sleep(0.005)
 
     def _find(self, hashes: list[bytes], usable: int, salt: str) -> Found:
         """The longest prefix that every group of every rank has, as far as it needs it."""
@@ -203,16 +209,33 @@ class Scheduler:
         if known is None or not known.reads:
             return 0
         lookup = self._ask(known)
+        began = time.monotonic()
         try:
-            found = lookup.result(INLINE_SECONDS)
+            found = lookup.result(max(0.0, self._patience))
         except FutureTimeout:
             return None
         except Exception as error:  # ours or a backend's; the request is computed
             log.warning("lmcache-core: a lookup failed: %r", error)
             known.reads = False
             return 0
+        finally:
+            self._patience -= time.monotonic() - began
+        if self._awaits(known, found):
+            return None
         known.found = found
         return max(0, min(found.tokens, found.usable) - computed)
+
+    def _awaits(self, known: _Known, found: Found) -> bool:
+        """Whether another instance has announced more, and may still be storing it. No thread
+        waits for that: it is looked for again."""
+        announced = min(_announced(known.request) // self._unit * self._unit, found.usable)
+        now = time.monotonic()
+        known.until = known.until or now + ANNOUNCED_SECONDS
+        if found.tokens >= announced or now > known.until:
+            return False
+        if now > known.again:
+            known.lookup, known.again = None, now + AGAIN_SECONDS
+        return True
 
     # Loading
 
@@ -228,6 +251,7 @@ class Scheduler:
         known.at_once = (
             self._in_order
             and self._worker_heard
+            and self.blocks is not None
             and len(self._requests) == 1
             and all(tiers[n].in_memory for n in places)
         )
@@ -246,6 +270,8 @@ class Scheduler:
         known.sources = self._by_tier(found, end - external, end)
         for tier, tokens in known.sources:
             self._cache.count("hit_tokens", tokens, tier.name)
+        if known.at_once:
+            self._unproven = known
         self._loads.append(chunks)
 
     def _by_tier(self, found: Found, begin: int, end: int) -> list[tuple[TierInfo, int]]:
@@ -291,13 +317,23 @@ class Scheduler:
     def step(self, output: SchedulerOutput) -> Metadata:
         """What the workers have to do in the step that `output` describes."""
         loads, self._loads = self._loads, []
+        self._patience = INLINE_SECONDS
         stores: list[Chunks] = []
         if self._transfer.is_kv_producer and output.kv_connector_block_state is not None:
             for request, computed in _computed(output):
                 known = self._requests.get(request)
                 if known is not None:
-                    stores += self._new_blocks(known, computed, output)
-        return Metadata(loads, stores, self._weights)
+                    stores += self._filled(known, computed, output)
+        return Metadata(loads, stores, self._weights, idle=not output.total_num_scheduled_tokens)
+
+    def _filled(self, known: _Known, computed: int, output: SchedulerOutput) -> list[Chunks]:
+        """The chunks that this step fills. A fault of ours must not end the engine."""
+        try:
+            return list(self._new_blocks(known, computed, output))
+        except Exception as error:
+            log.warning("lmcache-core: a request is not stored: %r", error)
+            self._requests.pop(known.request.request_id, None)
+            return []
 
     def _new_blocks(
         self, known: _Known, computed: int, output: SchedulerOutput
@@ -313,7 +349,7 @@ class Scheduler:
         if full <= known.handled:
             return
         ends = set(chunk_ends(0, full, self._chunk))
-        parted = computed // self._unit * self._unit
+        parted = min(computed, full) // self._unit * self._unit  # drafts may run ahead of full
         if parted > known.handled:
             ends.add(parted)
         ids = output.kv_connector_block_state.get_block_ids(name)
@@ -335,9 +371,23 @@ class Scheduler:
             name = known.request.request_id
             if name in output.failed_recving or known.loading & failed:
                 known.reads = False
+        unproven, self._unproven = self._unproven, None
+        if unproven and unproven.loading & failed:
+            self._disown(unproven)
+
+    def _disown(self, known: _Known) -> None:
+        """Take out of vLLM's prefix cache what was loaded in a step, and computed on it: vLLM has
+        it there before the step ran, and leaves it there when the load fails."""
+        assert self.blocks is not None
+        (ids,) = self.blocks.get_block_ids(known.request.request_id)
+        first = next((n for n, block in enumerate(ids) if block in known.loading), len(ids))
+        self.blocks.evict_blocks(set(ids[first:]))
 
     def end(self, request: Request) -> dict[str, Any] | None:
         """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
+        if self._unproven and self._unproven.request is request:  # aborted while its step ran
+            self._disown(self._unproven)
+            self._unproven = None
         known = self._requests.pop(request.request_id, None)
         if known is None or known.handled is None or self._transfer.is_kv_consumer:
             return None

@@ -3,6 +3,9 @@
 vLLM changes weights through few methods of its worker; `watch` wraps them. Whoever writes to the
 parameters in another way has to call `LLM.reset_prefix_cache(reset_connector=True)`, as for
 vLLM's own prefix cache.
+
+Adapters that a server loads before any request names them come through one method of the engine's
+core; `watch_adapters` tells the connector there.
 """
 
 from __future__ import annotations
@@ -40,3 +43,24 @@ def _counted(method: Any) -> Any:
 
     counted.lmcache_core = True  # type: ignore[attr-defined]
     return counted
+
+
+def watch_adapters() -> None:
+    """In the engine core's process. May be called more than once."""
+    from vllm.v1.engine.core import EngineCore
+
+    if not hasattr(EngineCore.add_lora, "lmcache_core"):
+        EngineCore.add_lora = _told(EngineCore.add_lora)
+
+
+def _told(method: Any) -> Any:
+    @functools.wraps(method)
+    def told(self: Any, lora_request: Any) -> Any:
+        connector = self.scheduler.get_kv_connector()
+        for each in getattr(connector, "_connectors", [connector]):  # several in one
+            if hasattr(each, "on_adapter"):
+                each.on_adapter(lora_request)
+        return method(self, lora_request)
+
+    told.lmcache_core = True  # type: ignore[attr-defined]
+    return told

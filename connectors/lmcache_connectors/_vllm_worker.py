@@ -73,8 +73,8 @@ class Worker:
 
     # Loading
 
-    def begin(self, step: Metadata, idle: bool) -> None:
-        """Start the step's loads. `idle`: vLLM computes nothing meanwhile."""
+    def begin(self, step: Metadata) -> None:
+        """Start the step's loads."""
         self._spoilt = False
         for chunks in step.loads:
             load = partial(self._load, chunks, step.weights != self._weights_now())
@@ -83,7 +83,7 @@ class Worker:
             elif missing := load():
                 self._spoilt = True
                 self._failed_blocks |= missing
-        if idle and self._loads:
+        if step.idle and self._loads:
             wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
 
     def _load(self, chunks: Chunks, stale: bool) -> set[int]:
@@ -142,20 +142,32 @@ class Worker:
         """Store the blocks that a step has filled. What cannot be stored is dropped and counted."""
         if not step.stores or self._spoilt or step.weights != self._weights_now():
             return
+        jobs = [(n, chunks) for chunks in step.stores for n in range(len(self._memory))]
+        if self._memory[0].device.type == "cpu":
+            for number, chunks in jobs:
+                self._store_group(number, chunks, self._memory[number])
+            return
+        # Copied on the device, in the order of its work, so that vLLM may overwrite the blocks at
+        # once; from there to the host while it computes on.
         self._staged = [job for job in self._staged if not job.done()]
-        for chunks in step.stores:
-            for number, memory in enumerate(self._memory):
-                if memory.device.type == "cpu":
-                    self._store_group(number, chunks, memory)
-                elif len(self._staged) < STAGED:
-                    # Copied on the device, in the order of its work, so that vLLM may overwrite
-                    # the blocks at once; from there to the host while it computes on.
-                    first = chunks.begin // self._chunk * self._chunk // self._groups[number].block
-                    staged = memory.staged(chunks.block_ids[number][first:])
-                    job = partial(self._store_group, number, chunks, staged)
-                    self._staged.append(self._storer.submit(job))
-                else:
-                    self._cache.count("stores_skipped", 1)
+        try:
+            staged = len(self._staged) < STAGED and [self._stage(*job) for job in jobs]
+        except torch.OutOfMemoryError:  # vLLM's work comes first
+            staged = False
+        if staged:
+            self._staged.append(self._storer.submit(partial(self._store_staged, staged)))
+        else:
+            self._cache.count("stores_skipped", len(step.stores))
+
+    def _stage(self, number: int, chunks: Chunks) -> tuple[int, Chunks, GroupMemory]:
+        """The blocks of a group that are to be stored, copied on the device."""
+        first = chunks.begin // self._chunk * self._chunk // self._groups[number].block
+        return number, chunks, self._memory[number].staged(chunks.block_ids[number][first:])
+
+    def _store_staged(self, staged: list[tuple[int, Chunks, GroupMemory]]) -> None:
+        """Store what a step has filled; the device's copies go one after the other."""
+        while staged:
+            self._store_group(*staged.pop(0))
 
     def _store_group(self, number: int, chunks: Chunks, memory: GroupMemory) -> None:
         began = time.perf_counter()

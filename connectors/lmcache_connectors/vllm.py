@@ -26,11 +26,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from lmcache_connectors import _vllm_weights
 from lmcache_connectors._vllm_cache import is_strict
 from lmcache_connectors._vllm_chunks import Metadata, Report
 from lmcache_connectors._vllm_scheduler import Scheduler
@@ -59,6 +62,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = Scheduler(vllm_config, kv_cache_config)
+                _vllm_weights.watch_adapters()
             else:
                 self._worker = Worker(vllm_config, kv_cache_config)
         except Exception as error:  # vLLM must start
@@ -82,6 +86,16 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     # The scheduler's side
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self._scheduler:
+            self._scheduler.blocks = kv_cache_manager
+
+    def on_adapter(self, lora_request: LoRARequest) -> None:
+        """An adapter is loaded. Called by `_vllm_weights.py`."""
+        if self._scheduler:
+            self._scheduler.adapter(lora_request)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler:
@@ -155,7 +169,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker:
-            self._worker.begin(self._step, idle=forward_context.attn_metadata is None)
+            self._worker.begin(self._step)
         else:
             self._refused.update(chunks.request for chunks in self._step.loads)
 

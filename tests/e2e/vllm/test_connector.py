@@ -240,9 +240,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     begin = Worker.begin
 
-    def spied(self: Worker, step: Metadata, idle: bool) -> None:
+    def spied(self: Worker, step: Metadata) -> None:
         seen.extend(chunks.at_once for chunks in step.loads)
-        begin(self, step, idle)
+        begin(self, step)
 
     monkeypatch.setattr(Worker, "begin", spied)
     return seen
@@ -295,6 +295,43 @@ def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
         forget(llm)
         assert answers(llm, ids) == own
         assert at_once == [True, True]
+
+
+@pytest.mark.parametrize("when", ["then", "while it computed"])
+def test_what_is_gone_serves_nobody_where_its_request_is_aborted(
+    llama: Path, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """VLLM has the blocks of such a step in its prefix cache, and does not compute them anew."""
+    ids, longer = prompt(400), [*prompt(400), *prompt(50, 1)]
+    allocated, store = _vllm_scheduler.Scheduler.allocated, LmcacheCoreConnector.wait_for_save
+    with engine(llama) as llm:
+        cold = answers(llm, longer)[0][0]
+    with engine(llama, memory) as llm:
+        answers(llm, ids)
+        forget(llm)
+        core = llm.llm_engine
+        scheduler = connector(llm)._scheduler
+
+        def evicted(self: Any, *arguments: Any) -> None:
+            self._cache.engine._tiers[0]._backend.delete(_chain(self), 1.0)
+            allocated(self, *arguments)
+
+        def aborted(self: Any) -> None:
+            store(self)
+            if when == "while it computed" and scheduler._unproven:
+                core.abort_request(["a"])
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_vllm_scheduler.Scheduler, "allocated", evicted)
+            patch.setattr(LmcacheCoreConnector, "wait_for_save", aborted)
+            core.add_request("a", {"prompt_token_ids": ids}, GREEDY)
+            (known,) = scheduler._requests.values()
+            while known.sources == [] or scheduler._unproven:
+                core.step()
+        core.abort_request(["a"])
+        assert answers(llm, longer)[0][0] == cold
+        forget(llm)
+        assert answers(llm, longer)[0][0] == cold
 
 
 def _chain(scheduler: Any) -> list[Any]:
