@@ -27,6 +27,13 @@ def _no_leaks() -> None:
     """vLLM's own threads and files come and go; what we leave behind is tested elsewhere."""
 
 
+@pytest.fixture
+def disk(tmp_path: Path) -> dict[str, Any]:
+    """kv_connector_extra_config with one tier, a chunk for each block."""
+    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
+    return {"chunk_size": BLOCK, "tiers": [tier]}
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of full attention."""

@@ -15,12 +15,6 @@ from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> dict[str, Any]:
-    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
-    return {"chunk_size": BLOCK, "tiers": [tier]}
-
-
 def test_weights_that_are_loaded_anew_share_nothing_with_the_old_ones(
     llama: Path, disk: dict[str, Any]
 ) -> None:

@@ -62,12 +62,6 @@ def forget(llm: Any) -> None:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> dict[str, Any]:
-    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
-    return {"chunk_size": BLOCK, "tiers": [tier]}
-
-
-@pytest.fixture
 def memory() -> dict[str, Any]:
     return {"chunk_size": BLOCK, "tiers": [{"backend": "local_cpu", "capacity": "64MiB"}]}
 

@@ -36,12 +36,6 @@ from tests.servers import Server
 __all__ = ["redis"]
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> dict[str, Any]:
-    tier = {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"}
-    return {"chunk_size": BLOCK, "tiers": [tier]}
-
-
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_nothing_is_stored_on_top_of_what_did_not_come(
     name: str, request: pytest.FixtureRequest, disk: dict[str, Any], tmp_path: Path
@@ -178,7 +172,6 @@ def test_attention_with_a_latent_vector(disk: dict[str, Any], tmp_path: Path) ->
     with engine(model, disk, dtype="bfloat16") as llm:
         assert answers(llm, ids) == plain
         flush(llm)
-        print("blocks", llm.llm_engine.vllm_config.cache_config.block_size)
     with engine(model, disk, dtype="bfloat16") as llm:
         assert answers(llm, ids)[0][1] > 0
 
