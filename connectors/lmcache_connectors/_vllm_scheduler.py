@@ -124,7 +124,7 @@ class Scheduler:
             [] if events is not None and events.enable_kv_cache_events else None
         )
         tiers = ", ".join(tier.name for tier in self._cache.engine.tiers)
-        log.warning(
+        log.info(
             "lmcache-core is on: %s; chunks of %d tokens, %.1f MB each",
             tiers, self._chunk, self._shape.bytes_per_chunk / 1e6,
         )  # fmt: skip

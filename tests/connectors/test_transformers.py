@@ -364,6 +364,29 @@ def test_other_positions_dtype_or_attention_share_nothing(cache: CacheEngine) ->
     assert loaded(cache) == 0
 
 
+def test_a_shared_name_is_one_models_while_its_weights_stay(cache: CacheEngine) -> None:
+    """`share_as` is the caller's word for the weights that were attached, and for no others."""
+    model, same, other = build("llama"), build("llama"), build("llama")
+    ids = tokens(1, 30)
+    with attach(model, cache, share_as="a"):
+        greedy(model, ids)
+    with attach(other, cache, share_as="b"):
+        greedy(other, ids)
+    with attach(same, cache):
+        greedy(same, ids)
+    assert loaded(cache) == 0
+    with attach(same, cache, share_as="a"):
+        greedy(same, ids)
+        assert loaded(cache) == 3
+        with torch.no_grad():
+            same.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+        changed = greedy(same, ids)
+        assert loaded(cache) == 3
+    assert torch.equal(changed, greedy(same, ids))
+    with pytest.raises(ValueError, match="share_as"):
+        attach(model, cache, tenant="t", share_as="a")
+
+
 def test_weights_that_change_while_attached_are_noticed(model: Any, cache: CacheEngine) -> None:
     ids = tokens(1, 30)
     with attach(model, cache):
