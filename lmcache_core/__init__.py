@@ -29,10 +29,12 @@ from lmcache_core.layout import (
     views,
 )
 from lmcache_core.memory import own_stream, pin, point, scratch
+from lmcache_core.observers import LOG
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 from lmcache_core.workers import Workers
 
 __all__ = [
+    "LOG",
     "LRU",
     "Allocate",
     "BytesToBytes",

@@ -39,6 +39,7 @@ class RateLimitedLog:
 
 
 LOG = RateLimitedLog()
+"""For what goes wrong again and again at run time, in plugins as well."""
 
 
 class Counters:

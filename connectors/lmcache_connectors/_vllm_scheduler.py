@@ -29,7 +29,7 @@ from vllm.v1.request import Request
 from lmcache_connectors import _vllm_cache
 from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, chunk_ends
 from lmcache_connectors._vllm_identity import Adapters
-from lmcache_core import TierInfo, Workers
+from lmcache_core import LOG, TierInfo, Workers
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -215,7 +215,7 @@ class Scheduler:
         except FutureTimeout:
             return None
         except Exception as error:  # ours or a backend's; the request is computed
-            log.warning("lmcache-core: a lookup failed: %r", error)
+            LOG.warn("vLLM lookup", f"vLLM: a lookup failed: {error!r}")
             known.reads = False
             return 0
         finally:
@@ -331,7 +331,7 @@ class Scheduler:
         try:
             return list(self._new_blocks(known, computed, output))
         except Exception as error:
-            log.warning("lmcache-core: a request is not stored: %r", error)
+            LOG.warn("vLLM step", f"vLLM: a request is not stored: {error!r}")
             self._requests.pop(known.request.request_id, None)
             return []
 

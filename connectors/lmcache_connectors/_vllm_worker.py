@@ -6,7 +6,6 @@ its load was reported. What did not come is reported, too, and vLLM computes it.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -21,9 +20,7 @@ from lmcache_connectors import _vllm_cache, _vllm_weights
 from lmcache_connectors._vllm_chunks import Chunks, Metadata
 from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors._vllm_packing import Packing, layer_write, prove
-from lmcache_core import ConfigError, Hit, Tensors, Workers, own_stream
-
-log = logging.getLogger("vllm.lmcache_core")
+from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream
 
 LOADS = 8
 """Requests whose KV is loaded at once."""
@@ -115,7 +112,7 @@ class Worker:
                         memory.scatter(ids[block], chunk.tensors, block - start)
                     place, done = place + 1, end
         except Exception as error:  # vLLM computes what did not come
-            log.warning("lmcache-core: a load failed: %r", error)
+            LOG.warn("vLLM load", f"vLLM: a load failed: {error!r}")
             return ids[first:last]
         return ids[done:last]
 
@@ -182,7 +179,7 @@ class Worker:
                         before = [p for p in whole if p < place]
                         self._store_places(number, chunks, memory, [*before, place], len(before))
         except Exception as error:  # a block that is not stored is computed again one day
-            log.warning("lmcache-core: a store failed: %r", error)
+            LOG.warn("vLLM store", f"vLLM: a store failed: {error!r}")
         self._cache.count("store_seconds", time.perf_counter() - began)
 
     def _store_places(

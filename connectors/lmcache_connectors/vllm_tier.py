@@ -40,6 +40,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 import lmcache_core
 from lmcache_connectors._vllm_identity import offloaded
 from lmcache_core import (
+    LOG,
     ChunkKey,
     Config,
     ConfigError,
@@ -251,7 +252,7 @@ def _timed(
     try:
         count = move(rows, keys, first, ids)
     except Exception as error:  # vLLM computes what did not come
-        log.warning("a job failed: %r", error)
+        LOG.warn("vLLM tier", f"vLLM's tier: a job failed: {error!r}")
         count = 0
     return count, time.monotonic() - began
 
