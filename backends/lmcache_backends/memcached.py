@@ -341,12 +341,13 @@ class MemcachedBackend(StorageBackend):
                 yield Stored(key, heads[i].nbytes if i in heads else nbytes)
 
     def _dump(self, address: Address) -> list[bytes]:
-        """The names of our chunks on one server."""
+        """The names of our chunks on one server, by its hash table: a walk along its lists misses
+        what moves from one to another meanwhile."""
         pattern = re.compile(b"key=(" + re.escape(self._prefix) + b"[0-9a-f]{64}) ")
         names: list[bytes] = []
         with self._servers.pool.taken(address, _SCAN_SECONDS) as wire:
             wire.begin(_SCAN_SECONDS)
-            wire.send([b"lru_crawler metadump all\r\n"])
+            wire.send([b"lru_crawler metadump hash\r\n"])
             while not (line := wire.line(b"\n")).startswith(b"END"):
                 if not line.startswith(b"key="):
                     raise StorageError(
