@@ -169,6 +169,7 @@ class RemoteConformance:
         assert everything(backend, 1, nbytes=3 * MIB)
         backend.close()
 
+    @pytest.mark.usefixtures("patient")
     @pytest.mark.parametrize("wrong", ["ca", "host"])
     def test_a_server_that_cannot_be_trusted_is_a_config_error(
         self, tls: tuple[int, Authority], tmp_path: Path, wrong: str

@@ -379,6 +379,7 @@ def test_a_password_of_the_environment(guarded: int, monkeypatch: pytest.MonkeyP
         opener(guarded, password_env="NO_SUCH")()
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("login", ["", ":wr0ng-one@", "kv:wr0ng-one@", "nobody:wr0ng-one@"])
 def test_a_wrong_login_is_a_config_error_without_the_secret(guarded: int, login: str) -> None:
     with no_leaks(), pytest.raises(ConfigError, match=f"url: 127.0.0.1:{guarded}: ") as error:
@@ -386,6 +387,7 @@ def test_a_wrong_login_is_a_config_error_without_the_secret(guarded: int, login:
     assert "wr0ng" not in str(error.value)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_missing_right_is_a_config_error(tmp_path: Path) -> None:
     port = free_port()
     user = ["--user", "kv", "on", ">x", "~lmcache:*", "+get"]
@@ -473,6 +475,7 @@ def test_a_failover_is_followed(tmp_path: Path) -> None:
         backend.close()
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_service_that_the_sentinels_do_not_know(tmp_path: Path) -> None:
     with (
         sentinels(tmp_path, 1) as (ports, _, _),

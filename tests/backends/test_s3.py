@@ -138,6 +138,7 @@ class TestS3(BackendConformance):
 # Opening
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize(
     ("login", "bucket", "reason"),
     [
@@ -156,6 +157,7 @@ def test_a_bucket_that_cannot_be_used_is_a_config_error(
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_credentials_are_a_config_error(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +317,7 @@ def test_virtual_addressing_names_the_bucket_in_the_host(
     assert front.requests[-1] == f"GET /{prefix}/{str(key(1))[-3:]}/{key(1)}"
 
 
+@pytest.mark.usefixtures("patient")
 def test_anonymous_signs_nothing(
     front: Front,
     prefix: str,
@@ -347,6 +350,7 @@ def test_prefixes_keep_deployments_apart(
     assert [stored.key for stored in inner.scan()] == [key(2)]
 
 
+@pytest.mark.usefixtures("patient")
 def test_no_secret_is_shown(
     server: S3Server, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -924,6 +928,7 @@ def test_tls_with_an_own_authority_and_a_clients_certificate(
         backend.close()
 
 
+@pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("trouble", ["a stranger's authority", "another host"])
 def test_a_certificate_that_proves_nothing_is_a_config_error(
     server: S3Server, authority: Authority, tmp_path: Path, trouble: str
