@@ -31,6 +31,7 @@ from lmcache_core.layout import (
 from lmcache_core.memory import own_stream, pin, point, scratch
 from lmcache_core.observers import LOG
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
+from lmcache_core.threads import run_threads_on, start_thread
 from lmcache_core.workers import Workers
 
 __all__ = [
@@ -83,7 +84,9 @@ __all__ = [
     "own_stream",
     "pin",
     "point",
+    "run_threads_on",
     "scratch",
+    "start_thread",
     "tenant_digest",
     "views",
 ]

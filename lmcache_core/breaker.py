@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from lmcache_core.threads import start_thread
+
 FAILURES = 3
 """Errors in a row that open the breaker; one missed deadline is enough."""
 PROBE_SECONDS = (0.1, 5.0)
@@ -39,7 +41,7 @@ class Breaker:
                 return
             self.is_open = True
         self._changed("open", cause)
-        threading.Thread(target=self._heal, name=f"{self._name}-probe", daemon=True).start()
+        start_thread(self._heal, f"{self._name}-probe")
 
     def close(self) -> None:
         """Open for good: no probes, no news."""

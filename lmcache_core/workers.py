@@ -15,6 +15,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from lmcache_core.errors import DeadlineExceeded
+from lmcache_core.threads import start_thread
 
 T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
@@ -36,9 +37,7 @@ class Workers:
         self._jobs.put((future, work))
         with self._lock:
             if self._idle < self._jobs.qsize() and len(self._threads) < self._limit:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._threads.add(thread)
-                thread.start()
+                self._threads.add(start_thread(self._run, self._name))
         return future
 
     def call(self, work: Callable[[], T], timeout: float) -> T:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lmcache_core.frame import Chunk
 from lmcache_core.keys import ChunkKey
+from lmcache_core.threads import start_thread
 
 BATCH_BYTES = 64 << 20
 """About this much is handed to the store at a time."""
@@ -91,8 +92,7 @@ class WriteBehind:
     def _append(self, job: _Job) -> None:
         self._jobs.append(job)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="lmcache-writer", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(self._run, "lmcache-writer")
         self._changed.notify_all()
 
     def _run(self) -> None:

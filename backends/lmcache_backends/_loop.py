@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lmcache_backends._wire import SLOWEST
-from lmcache_core import StorageError
+from lmcache_core import StorageError, start_thread
 
 T = TypeVar("T")
 
@@ -26,8 +26,7 @@ class Loop:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, name)
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `work` there; cancelling the future cancels it."""

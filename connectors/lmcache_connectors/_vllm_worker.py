@@ -6,6 +6,7 @@ its load was reported. What did not come is reported, too, and vLLM computes it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -20,14 +21,24 @@ from lmcache_connectors import _vllm_cache, _vllm_weights
 from lmcache_connectors._vllm_chunks import Chunks, Metadata
 from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors._vllm_packing import Packing, layer_write, prove
-from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream
+from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream, run_threads_on
 
 LOADS = 8
 """Requests whose KV is loaded at once."""
 IDLE_SECONDS = 0.05
 """How long a step that computes nothing waits for a load, rather than come back in vain."""
+BINDINGS = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+"""What vLLM sets, by the OpenMP library, for a worker that computes on the CPU."""
 STAGED = 4
 """Steps whose new blocks may wait on the device for their way to the host; more are dropped."""
+
+
+def spare_cores() -> set[int]:
+    """Where our threads may run if vLLM has bound this process to the cores it computes on: all
+    that its parent may use. None for where vLLM has bound nothing."""
+    if not any(name in os.environ for name in BINDINGS):
+        return set()
+    return os.sched_getaffinity(os.getppid())
 
 
 class Worker:
@@ -43,6 +54,7 @@ class Worker:
         """Whether this step computes on blocks that did not come."""
         self._staged: list[Future[None]] = []
         self._told_weights = self._weights = _vllm_weights.changes()
+        run_threads_on(spare_cores())
         self._cache = _vllm_cache.acquire(config, kv)
         self._loaders = Workers("lmcache-vllm-load", LOADS)
         self._storer = Workers("lmcache-vllm-store", 1)

@@ -22,8 +22,13 @@ from tests.e2e.vllm.test_connector import answers, prompt
 pytestmark = pytest.mark.timeout(3 * PATIENCE)
 
 SCRIPT = """
-import json, sys
+import json, os, sys, threading
 from vllm import LLM, SamplingParams
+
+def cores(worker):
+    return {each.name: sorted(os.sched_getaffinity(each.native_id))
+            for each in threading.enumerate()}
+
 settings, prompt, times = json.loads(sys.argv[1])
 llm = LLM(**settings)
 sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
@@ -32,7 +37,7 @@ for _ in range(times):
     out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
     answers.append([out.num_cached_tokens, list(out.outputs[0].token_ids)])
     assert llm.reset_prefix_cache()
-print("said:", json.dumps(answers))
+print("said:", json.dumps([answers, llm.collective_rpc(cores)]))
 """
 IDS = prompt(400)
 REUSED = 399 // BLOCK * BLOCK
@@ -66,10 +71,21 @@ def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
         },
     }  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))[:2]
-    env = environment(tmp_path, VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores)))
+    env = environment(
+        tmp_path,
+        VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, cores)),
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",  # to ask the ranks for their threads
+    )
 
     def ask(name: str, times: int) -> Any:
-        return said(run(tmp_path / name, SCRIPT, json.dumps([settings, IDS, times]), env=env))
+        script = json.dumps([settings, IDS, times])
+        answers, threads = said(run(tmp_path / name, SCRIPT, script, env=env))
+        for core, rank in zip(cores, threads, strict=True):
+            assert rank["MainThread"] == [core]  # computes there; what is ours runs beside it
+            ours = [rank[name] for name in rank if name.startswith("lmcache-")]
+            assert ours
+            assert all(each == sorted(os.sched_getaffinity(0)) for each in ours)
+        return answers
 
     (cold, tokens), (reused, again) = ask("first", 2)
     assert (cold, reused) == (0, REUSED)
