@@ -7,7 +7,6 @@ depends on the accelerator stays in this file.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import mmap
@@ -80,11 +79,7 @@ def _round_up(nbytes: int) -> int:
 
 def _map(size: int) -> mmap.mmap:
     # Private, so that a forked child that writes to a buffer does not write to its parent's.
-    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)  # 1 fault in place of 512
-    return pages
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 HOST = HostBuffers()
