@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lmcache_connectors import _vllm_cache, _vllm_weights
@@ -35,10 +36,9 @@ STAGED = 4
 
 def spare_cores() -> set[int]:
     """Where our threads may run if vLLM has bound this process to the cores it computes on: all
-    that its parent may use. None for where vLLM has bound nothing."""
-    if not any(name in os.environ for name in BINDINGS):
-        return set()
-    return os.sched_getaffinity(os.getppid())
+    that its parent may use. None for where they are started."""
+    bound = current_platform.is_cpu() and any(name in os.environ for name in BINDINGS)
+    return os.sched_getaffinity(os.getppid()) if bound else set()
 
 
 class Worker:
