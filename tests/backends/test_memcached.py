@@ -330,11 +330,11 @@ def test_a_batch_is_spread_over_servers_and_any_order_of_them_is_the_same(
 ) -> None:
     ports = [port for port, _ in three]
     backend, other = opener(*ports)(), opener(*reversed(ports))()
-    put(backend, *range(90))
-    for port in ports:
-        assert 15 <= len(RawMemcached(port).keys()) <= 45
-    assert everything(other, *range(90))
-    assert len(list(other.scan())) == 90
+    put(backend, *range(900))
+    for port in ports:  # 300, with a standard deviation of 14
+        assert 200 <= len(RawMemcached(port).keys()) <= 400
+    assert everything(other, *range(900))
+    assert len(list(other.scan())) == 900
     backend.close()
     other.close()
 
@@ -347,7 +347,7 @@ def test_a_server_that_is_lost_loses_its_share_and_comes_back(
     put(backend, *range(60))
     port, server = three[0]
     lost = {stored for stored in range(60) if backend._servers.of(key(stored)).port == port}
-    assert 5 < len(lost) < 40
+    assert 0 < len(lost) < 60
     getattr(server, fault)()
     began = time.monotonic()
     found = here(backend, *range(60), timeout=SHORT)
