@@ -38,7 +38,9 @@ def spare_cores() -> set[int]:
     """Where our threads may run if vLLM has bound this process to the cores it computes on: all
     that its parent may use. None for where they are started."""
     bound = current_platform.is_cpu() and any(name in os.environ for name in BINDINGS)
-    return os.sched_getaffinity(os.getppid()) if bound else set()
+    if not bound or not hasattr(os, "sched_getaffinity"):  # macOS binds no thread to a core
+        return set()
+    return os.sched_getaffinity(os.getppid())
 
 
 class Worker:

@@ -78,13 +78,13 @@ def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
     )
 
     def ask(name: str, times: int) -> Any:
-        script = json.dumps([settings, IDS, times])
-        answers, threads = said(run(tmp_path / name, SCRIPT, script, env=env))
+        asked = json.dumps([settings, IDS, times])
+        answers, threads = said(run(tmp_path / name, SCRIPT, asked, env=env))
         for core, rank in zip(cores, threads, strict=True):
             assert rank["MainThread"] == [core]  # computes there; what is ours runs beside it
-            ours = [rank[name] for name in rank if name.startswith("lmcache-")]
+            ours = [where for thread, where in rank.items() if thread.startswith("lmcache-")]
             assert ours
-            assert all(each == sorted(os.sched_getaffinity(0)) for each in ours)
+            assert all(where == sorted(os.sched_getaffinity(0)) for where in ours)
         return answers
 
     (cold, tokens), (reused, again) = ask("first", 2)
