@@ -209,6 +209,7 @@ def test_pieces_that_do_not_belong_together_are_no_chunk(
     backend, raw = small_items
     put(backend, 1, 2, 3, nbytes=3 * MIB)
     names = [name for name in raw.names() if str(key(2)) in name]
+    assert len(names) == 1 + 4
     head, pieces = names[0], names[1:]
     match harm:
         case "gone":
@@ -296,6 +297,7 @@ def test_a_ttl_ends_a_chunk_and_a_use_begins_it_anew_if_asked(
     _, raw = small_items
     plain, refreshing = opener(raw._port, ttl="90s")(), opener(raw._port, ttl=90, refresh=True)()
     put(plain, 1, nbytes=nbytes)
+    assert len(raw.names()) == (1 if nbytes < MIB else 1 + 4)
     for name in raw.names():
         assert 80 <= raw.left(name) <= 90
         raw.touch(name, 20)
