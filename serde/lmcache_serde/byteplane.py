@@ -34,6 +34,11 @@ import torch
 
 from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view, scratch, views
 
+try:
+    from lmcache_serde import _loops
+except Exception:  # numba is not installed, or refuses this system
+    _loops = None  # type: ignore[assignment]
+
 SAMPLE = 32
 """Tokens that the typical exponent is the mean of."""
 SLICE = 1 << 20
@@ -144,7 +149,10 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
     pieces = {n: scratch(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
     pieces["base"].zero_()
     values = tensor.view(_rows(spec.shape))
-    places, exponents, room = [], [], values.numel() // RARE
+    room = values.numel() // RARE
+    if pack and _loops and spec.dtype == "bfloat16":
+        return _split_compiled(values, pieces, room) or _split(tensor, pack=False)
+    places, exponents = [], []
     slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
         _noise(values[rows], pieces["noise"][:, rows], work)
@@ -164,6 +172,15 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
         pieces["gaps"] = torch.from_numpy(gaps)
         pieces["values"] = torch.from_numpy(np.concatenate(exponents))
     return pieces
+
+
+def _split_compiled(values: torch.Tensor, pieces: _Pieces, room: int) -> _Pieces | None:
+    """Fill the pieces of bfloat16; None where more than `room` exponents have no code."""
+    _base(pieces["base"], (_sample(values).view(torch.int16) >> 7).to(torch.uint8))
+    gaps, rest = (scratch((room,), dtype, _CPU) for dtype in (torch.int32, torch.uint8))
+    out = (pieces["base"], pieces["codes"], pieces["noise"][0], gaps, rest)
+    count = _loops.split(values.view(torch.uint16).numpy(), *(piece.numpy() for piece in out))
+    return None if count < 0 else pieces | {"gaps": gaps[:count], "values": rest[:count]}
 
 
 class _Work(NamedTuple):
@@ -213,10 +230,18 @@ def _exponents(values: torch.Tensor, base: torch.Tensor, work: _Work) -> None:
     """Fill `base`, the exponents, and as codes how far they are above it, modulo 256."""
     torch.bitwise_right_shift(_high(values, work), _MANTISSA, out=work.wide)
     exponents = work.exponents.copy_(work.wide)
-    step = max(1, exponents.shape[1] // SAMPLE)
-    typical = exponents[:, ::step].float().mean(dim=1, keepdim=True).round_()
-    base.copy_(typical.to(torch.int16) - BELOW)
+    _base(base, _sample(exponents))
     torch.sub(exponents, base, out=work.codes)
+
+
+def _sample(values: torch.Tensor) -> torch.Tensor:
+    """Of [rows, tokens, channels], about SAMPLE tokens."""
+    return values[:, :: max(1, values.shape[1] // SAMPLE)]
+
+
+def _base(out: torch.Tensor, exponents: torch.Tensor) -> None:
+    """A channel's base, from some of its exponents."""
+    out.copy_(exponents.float().mean(dim=1, keepdim=True).round_().to(torch.int16) - BELOW)
 
 
 def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -234,6 +259,18 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
         return pieces["codes"].view(dtype).view(spec.shape)
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
+    if _loops and spec.dtype == "bfloat16" and "gaps" in pieces:
+        arrays = (pieces["codes"], pieces["base"], pieces["noise"][0], values.view(torch.uint16))
+        _loops.merge(*(array.numpy() for array in arrays))
+    else:
+        _merge_slices(values, pieces)
+    if "gaps" in pieces:
+        _put_exponents(out, pieces["gaps"].numpy().cumsum(), pieces["values"].numpy())
+    return out
+
+
+def _merge_slices(values: torch.Tensor, pieces: _Pieces) -> None:
+    wide = values.dtype == torch.float32
     slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
         codes = pieces["codes"][rows]
@@ -241,14 +278,11 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
             codes = _unpack(work.codes, codes)
         work.wide.copy_(torch.add(codes, pieces["base"][rows], out=work.codes))
         part, noise = values[rows], pieces["noise"][:, rows]
-        high = work.high if spec.dtype == "float32" else part.view(torch.int16)
+        high = work.high if wide else part.view(torch.int16)
         high.copy_(noise[0].view(torch.int8))  # extends the sign
         high.bitwise_and_(_NOISE).add_(work.wide, alpha=128)
-        if spec.dtype == "float32":
+        if wide:
             _widen(part.view(torch.int32), high, noise[1:])
-    if "gaps" in pieces:
-        _put_exponents(out, pieces["gaps"].numpy().cumsum(), pieces["values"].numpy())
-    return out
 
 
 def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor) -> None:

@@ -1,0 +1,103 @@
+"""byteplane: the conformance suite, any bits, and its two ways to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache_core import Serde, TensorSpec
+from lmcache_core.testing import SerdeConformance, random_tensors, tiny_layout
+from lmcache_serde import byteplane
+from lmcache_serde.byteplane import BytePlane
+from lmcache_serde.raw import Raw
+from lmcache_serde.zstd import Zstd
+
+WAYS = ["compiled", "tensors"]
+
+
+@contextmanager
+def going(way: str) -> Iterator[None]:
+    """With numba, or as where it is not installed."""
+    assert byteplane._loops, "the tests run with numba"
+    with pytest.MonkeyPatch.context() as patch:
+        if way == "tensors":
+            patch.setattr(byteplane, "_loops", None)
+        yield
+
+
+def comes_back(tensor: torch.Tensor) -> memoryview:
+    """Both ways write the same bytes, and each reads them; returns those."""
+    spec, serde, payloads = TensorSpec.of("x", tensor), BytePlane(BytePlane.Options()), []
+    for way in WAYS:
+        with going(way):
+            payloads.append(bytearray().join(serde.encode({"x": tensor})))
+            again = serde.decode(memoryview(payloads[0]), [spec])["x"]
+        assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
+    assert payloads[0] == payloads[1]
+    return memoryview(payloads[0])
+
+
+class TestBytePlane(SerdeConformance):
+    known_size = False
+
+    @pytest.fixture(params=WAYS)
+    def serde(self, request: pytest.FixtureRequest) -> Iterator[Serde]:
+        with going(request.param):
+            yield BytePlane(BytePlane.Options())
+
+
+class TestUnpackedBytePlane(SerdeConformance):
+    @pytest.fixture
+    def serde(self) -> Serde:
+        return BytePlane(BytePlane.Options(packed=False))
+
+
+@given(st.data())
+def test_byteplane_brings_back_any_bits(data: st.DataObject) -> None:
+    """Every pattern, NaN with its payload included."""
+    dtype = data.draw(st.sampled_from(["float32", "float16", "bfloat16"]))
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
+    spec = TensorSpec("x", dtype, shape)
+    raw = data.draw(st.binary(min_size=spec.nbytes, max_size=spec.nbytes))
+    tensor = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).view(shape)
+    comes_back(tensor)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("wild", [0, 1, 20, 5000])
+def test_byteplane_keeps_exponents_that_have_no_code(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, wild: int
+) -> None:
+    """None, one, some, too many; over slices that do not divide the rows; an odd last token."""
+    monkeypatch.setattr(byteplane, "SLICE", 6 * 33 * 9)
+    values = torch.randn(5, 2, 33, 9, generator=torch.Generator().manual_seed(1)) + torch.linspace(
+        0.1, 30, 9
+    )
+    flat = values.view(-1)
+    places = torch.arange(wild) * 7919 % flat.numel()
+    flat[places] = torch.exp2(torch.linspace(-126, 120, max(wild, 1))[:wild])
+    tensor = values.to(getattr(torch, dtype))
+    payload = comes_back(tensor)
+    packed = dtype != "float16" and wild < 100
+    count = int.from_bytes(payload[:4], "little", signed=True)
+    assert (wild // 2 <= count < wild + 60) if packed else count == -1
+    assert payload.nbytes <= tensor.nbytes + 4 + 10 * 9
+
+
+def test_byteplane_makes_what_zstd_can_compress() -> None:
+    """Channels of different magnitude, as keys have them."""
+    layout = tiny_layout()
+    tensors = {
+        name: (t.float() * torch.logspace(-3, 3, 8)).bfloat16()
+        for name, t in random_tensors(layout, 512).items()
+    }
+    zstd, planes = Zstd(Zstd.Options()), BytePlane(BytePlane.Options())
+    size = layout.bytes_per_token * 512
+    alone = sum(p.nbytes for p in zstd.encode(Raw(Raw.Options()).encode(tensors), b""))
+    chained = sum(p.nbytes for p in zstd.encode(planes.encode(tensors), b""))
+    assert size / chained > 1.4 > size / alone
