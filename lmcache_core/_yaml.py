@@ -49,6 +49,8 @@ def _walk(node: Any, path: KeyPath, file: str, places: dict[KeyPath, str]) -> No
     own: dict[object, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{file}:{line}: expected a name before the colon; found a {key.id}")
         if key.value in own:
             first = own[key.value]
             raise ConfigError(f"{file}:{line}: {key.value} stands here and on line {first}")
