@@ -92,7 +92,7 @@ MISTAKES = {
          "cache.yaml:3: tiers[0].capacity: required, but not there"]),
     "misspelt top key": (
         "chunk_size: 128", "chunksize: 128",
-        ["cache.yaml:1: chunksize: unknown key, did you mean 'chunk_size'? Known: chunk_size, strict, tiers"]),
+        ["cache.yaml:1: chunksize: unknown key, did you mean 'chunk_size'? Known: chunk_size, load, strict, tiers"]),
     "wrong size": (
         "capacity: 8GiB", "capacity: lots",
         ["cache.yaml:4: tiers[0].capacity: expected a size such as 8GiB", "found 'lots'"]),
@@ -136,6 +136,15 @@ MISTAKES = {
     "a key twice": (
         "name: ssd", "path: /other",
         ["cache.yaml:10: path stands here and on line 6"]),
+    "a key that is a list": (
+        "chunk_size: 128", "? [chunk_size]\n: 128",
+        ["cache.yaml:1: expected a name before the colon; found a sequence"]),
+    "a key that is a mapping": (
+        "name: ssd", "{name: x}: ssd",
+        ["cache.yaml:10: expected a name before the colon; found a mapping"]),
+    "a wrong rule for loads": (
+        "chunk_size: 128", "load: never",
+        ["cache.yaml:1: load: expected 'when_faster' or 'always'; found 'never'"]),
     "not yaml": ("chunk_size: 128", "chunk_size: [1", ["cache.yaml:2: not YAML"]),
     "a tier that is text": (
         "- backend: local_cpu\n    capacity: 8GiB", "- local_cpu",
