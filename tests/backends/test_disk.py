@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -98,34 +100,28 @@ def left_over(path: Path) -> list[Path]:
 
 # Crashes
 
-WRITER = """
-import sys
-from pathlib import Path
-from lmcache_backends.disk import DiskBackend, DiskOptions
-from lmcache_core import ChunkKey
-import random
-path, seed = Path(sys.argv[1]), int(sys.argv[2])
-backend = DiskBackend(DiskOptions(path=path, capacity=1 << 30))
-numbers = iter(range(seed * 1_000_000, (seed + 1) * 1_000_000))
-print("ready", flush=True)
-for n in numbers:
-    value = n.to_bytes(8, "little") * 40_000
-    k = ChunkKey(random.Random(n).randbytes(32))
-    backend.put([(k, [memoryview(value)[:11], memoryview(value)[11:]])], [k], 20.0)
-"""
+
+def write_on(path: Path, seed: int, opened: Event) -> None:
+    """Store chunk after chunk, until killed."""
+    backend = opener(path)()
+    opened.set()
+    for n in count(seed * 1_000_000):
+        value = n.to_bytes(8, "little") * 40_000
+        k = ChunkKey(random.Random(n).randbytes(32))
+        backend.put([(k, [memoryview(value)[:11], memoryview(value)[11:]])], [k], 20.0)
 
 
 def test_kill_9_at_any_moment_leaves_only_whole_chunks(tmp_path: Path, raw: RawFiles) -> None:
-    chance = random.Random(1)
-    for seed in range(12):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), str(seed)], stdout=subprocess.PIPE
-        )
-        assert writer.stdout.readline() == b"ready\n"
+    chance, fork = random.Random(1), multiprocessing.get_context("fork")
+    for seed in range(20):
+        opened = fork.Event()
+        writer = fork.Process(target=write_on, args=(tmp_path, seed, opened))
+        writer.start()
+        assert opened.wait(20)
         time.sleep(chance.uniform(0.01, 0.15))
         writer.kill()
-        writer.wait()
-        writer.stdout.close()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
     keys = raw.keys()
     assert len(keys) > 50
     for k in keys:

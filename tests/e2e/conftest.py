@@ -25,10 +25,29 @@ def smollm() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def document(smollm: tuple[Any, Any]) -> torch.Tensor:
-    """1,200 tokens of the Python language reference, [1, 1200]."""
+    """600 tokens of the Python language reference, [1, 600]."""
     tokenizer = smollm[1]
-    text = smollm2.document(tokenizer, 1300)
-    return tokenizer(text, return_tensors="pt")["input_ids"][:, :1200]
+    text = smollm2.document(tokenizer, 700)
+    return tokenizer(text, return_tensors="pt")["input_ids"][:, :600]
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm: tuple[Any, Any], document: torch.Tensor) -> list[torch.Tensor]:
+    """Two questions about the document."""
+    questions = ("What does the assert statement do?", "What is a coroutine?")
+    ids = [smollm[1](f"\n\n{text}\n", return_tensors="pt")["input_ids"] for text in questions]
+    return [torch.cat([document, question], dim=1) for question in ids]
+
+
+@pytest.fixture(scope="session")
+def answers(smollm: tuple[Any, Any], prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What the model answers to `prompts` without a cache."""
+    return [answer(smollm[0], ids) for ids in prompts]
+
+
+def answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The prompt and 16 tokens more."""
+    return model.generate(ids, max_new_tokens=16, do_sample=False)
 
 
 @pytest.fixture(autouse=True)

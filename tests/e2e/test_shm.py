@@ -16,6 +16,7 @@ import torch
 import lmcache_core
 from lmcache_backends.shm import main as shm
 from lmcache_connectors.transformers import attach
+from tests.e2e.conftest import answer
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
@@ -31,15 +32,13 @@ def pool() -> Iterator[str]:
 
 
 def test_a_running_process_reuses_what_another_has_just_computed(
-    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path, pool: str
+    smollm: tuple[Any, Any],
+    prompts: list[torch.Tensor],
+    answers: list[torch.Tensor],
+    tmp_path: Path,
+    pool: str,
 ) -> None:
-    model, tokenizer = smollm
-    prompts = [
-        torch.cat([document, tokenizer(f"\n\n{text}\n", return_tensors="pt")["input_ids"]], dim=1)
-        for text in ("What does the assert statement do?", "What is a coroutine?")
-    ]
-    settings = {"max_new_tokens": 16, "do_sample": False}
-    expected = [model.generate(ids, **settings) for ids in prompts]
+    model, _ = smollm
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps(prompts[1].tolist()))
     other = subprocess.Popen(
@@ -51,10 +50,10 @@ def test_a_running_process_reuses_what_another_has_just_computed(
     assert other.stdout.readline() == "ready\n"
     tiers = [{"backend": "shm", "pool": pool, "capacity": "256MiB"}]
     with lmcache_core.open({"tiers": tiers, "chunk_size": CHUNK}) as cache, attach(model, cache):
-        assert torch.equal(model.generate(prompts[0], **settings), expected[0])
+        assert torch.equal(answer(model, prompts[0]), answers[0])
         out, _ = other.communicate("go\n", timeout=200)
     said = json.loads(out.splitlines()[-1])
-    assert said["output"] == expected[1].tolist()
-    assert said["loaded"] == {"shm": document.shape[1] // CHUNK}
+    assert said["output"] == answers[1].tolist()
+    assert said["loaded"] == {"shm": 600 // CHUNK}
     assert said["tensors"] == said["shared"] == 2 * said["loaded"]["shm"]
     assert said["buffers"] == 0

@@ -15,10 +15,13 @@ from transformers import DynamicCache, pipeline
 
 import lmcache_core
 from lmcache_connectors.transformers import attach
+from tests.e2e.conftest import answer, smollm2
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
 CHUNK = 64
+SHARED = 600 // CHUNK
+"""Whole chunks of the document."""
 WORKER = Path(__file__).parent / "worker.py"
 
 
@@ -32,35 +35,24 @@ def config(folder: Path, capacity: str = "1GiB") -> dict[str, Any]:
     }
 
 
-def asked(document: torch.Tensor, tokenizer: Any, question: str) -> torch.Tensor:
-    ids = tokenizer(f"\n\n{question}\n", return_tensors="pt")["input_ids"]
-    return torch.cat([document, ids], dim=1)
-
-
-def answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return model.generate(ids, max_new_tokens=16, do_sample=False)
-
-
 def loaded(cache: lmcache_core.CacheEngine) -> dict[str, int]:
     return {event[1]: n for event, n in cache.stats().items() if event[0] == "loaded"}
 
 
-QUESTIONS = ("What does the assert statement do?", "What is a coroutine?")
-
-
 def test_two_questions_from_memory_then_from_another_process(
-    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+    smollm: tuple[Any, Any],
+    prompts: list[torch.Tensor],
+    answers: list[torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    model, tokenizer = smollm
-    prompts = [asked(document, tokenizer, question) for question in QUESTIONS]
-    expected = [answer(model, ids) for ids in prompts]
+    model, _ = smollm
     raw = config(tmp_path)
     raw["tiers"][1].pop("serde")
     with lmcache_core.open(raw) as cache, attach(model, cache):
-        for ids, tokens in zip(prompts, expected, strict=True):
+        for ids, tokens in zip(prompts, answers, strict=True):
             assert torch.equal(answer(model, ids), tokens)
-        assert loaded(cache) == {"local_cpu": 1200 // CHUNK}
-    for ids, tokens in zip(prompts, expected, strict=True):
+        assert loaded(cache) == {"local_cpu": SHARED}
+    for ids, tokens in zip(prompts, answers, strict=True):
         prompt = tmp_path / "prompt.json"
         prompt.write_text(json.dumps(ids.tolist()))
         command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
@@ -71,11 +63,12 @@ def test_two_questions_from_memory_then_from_another_process(
 
 
 def test_a_worker_killed_while_it_stores_leaves_a_prefix_that_is_right(
-    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+    smollm: tuple[Any, Any],
+    prompts: list[torch.Tensor],
+    answers: list[torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    model, tokenizer = smollm
-    ids = asked(document, tokenizer, QUESTIONS[0])
-    expected = answer(model, ids)
+    model, ids, expected = smollm[0], prompts[0], answers[0]
     prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps(ids.tolist()))
     command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
@@ -97,34 +90,33 @@ def test_a_worker_killed_while_it_stores_leaves_a_prefix_that_is_right(
 
 
 def test_memory_smaller_than_the_document(
-    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+    smollm: tuple[Any, Any],
+    prompts: list[torch.Tensor],
+    answers: list[torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    model, tokenizer = smollm
-    prompts = [asked(document, tokenizer, question) for question in QUESTIONS]
-    expected = answer(model, prompts[1])
+    model, _ = smollm
     with lmcache_core.open(config(tmp_path, "16MiB")) as cache, attach(model, cache):
         answer(model, prompts[0])
         assert cache.flush(60)
-        assert torch.equal(answer(model, prompts[1]), expected)
-        assert sum(loaded(cache).values()) == 1200 // CHUNK
+        assert torch.equal(answer(model, prompts[1]), answers[1])
+        assert sum(loaded(cache).values()) == SHARED
         assert loaded(cache)["disk"] > 0
 
 
 def test_bf16_equals_the_same_split_prefill_without_storage(
-    smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
+    prompts: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    import smollm2
-
-    model, tokenizer = smollm2.load(torch.bfloat16)
-    one, two = (asked(document, tokenizer, question) for question in QUESTIONS)
+    model, _ = smollm2.load(torch.bfloat16)
+    one, two = prompts
     with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
         first = DynamicCache(config=model.config)
         with torch.no_grad():
             model(input_ids=one, cache=first, use_cache=True, logits_to_keep=1)
         answer(model, one)
         got = answer(model, two)
-        assert loaded(cache) == {"local_cpu": 1200 // CHUNK}
-    first.crop(1200 // CHUNK * CHUNK - one.shape[1])
+        assert loaded(cache) == {"local_cpu": SHARED}
+    first.crop(SHARED * CHUNK - one.shape[1])
     expected = model.generate(two, cache=first, max_new_tokens=16, do_sample=False)
     assert torch.equal(got, expected)
 
@@ -133,15 +125,17 @@ def test_a_pipeline_and_a_batch_of_chats(
     smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
 ) -> None:
     model, tokenizer = smollm
-    text = tokenizer.decode(document[0, :600])
-    chats = [
-        [{"role": "user", "content": f"{text}\n\n{question}"}]
-        for question in (*QUESTIONS, "And what is a lambda expression, in one short sentence?")
-    ]
+    text = tokenizer.decode(document[0, :300])
+    questions = (
+        "What is assert?",
+        "What is a coroutine?",
+        "And what is a lambda, in one sentence?",
+    )
+    chats = [[{"role": "user", "content": f"{text}\n\n{question}"}] for question in questions]
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
     settings = {"max_new_tokens": 12, "do_sample": False, "batch_size": 3}
     expected = pipe(chats, **settings)
     with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
         assert pipe(chats, **settings) == expected
         assert pipe(chats, **settings) == expected
-        assert loaded(cache)["local_cpu"] >= 3 * 9
+        assert loaded(cache)["local_cpu"] >= 3 * (300 // CHUNK)

@@ -113,7 +113,7 @@ def compare(
     computed = first.answer()
     reused = second.answer()
     assert reused["output"] == computed["output"]
-    chunks = (1200 - 1) // CHUNK
+    chunks = (600 - 1) // CHUNK
     assert reused["loaded"] == {tier["backend"]: 2 * chunks}  # for each of two answers
     with capsys.disabled():
         saved = 1 - reused["ttft"] / computed["ttft"]

@@ -46,16 +46,14 @@ CHAINS: list[list[tuple[str, dict[str, Any]]]] = [
 ]
 
 
-def peak(work: Callable[[], object]) -> int:
-    """Bytes."""
-    gc.collect()
+def peak(work: Callable[[], Any]) -> tuple[int, Any]:
+    """Bytes, and what `work` returns."""
     status = Path("/proc/self/status")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = _field(status.read_text(), "VmRSS")
     result = work()
     after = _field(status.read_text(), "VmHWM")
-    del result
-    return after - before
+    return after - before, result
 
 
 def _field(status: str, name: str) -> int:
@@ -75,6 +73,7 @@ def chunk_of(dtype: str) -> Chunk:
 
 def main() -> None:
     """Measure each chain for each dtype."""
+    gc.disable()  # nothing here needs it, and with numba it takes half a second
     HOST._keep = 0  # what is kept for reuse would not count the second time
     torch.set_num_threads(1)
     found = {}
@@ -85,14 +84,16 @@ def main() -> None:
                 continue  # codes as large as the KV: they and the KV alone are two chunks
             classes = [(component("serdes", name), options) for name, options in steps]
             chain = SerdeChain([cls(cls.Options(**options)) for cls, options in classes])
-            data = [memoryview(bytearray().join(encode(chunk, chain)))]  # imports, caches
-            decode(data, chunk.key)
-            sizes = [
-                peak(partial(encode, chunk, chain)),
-                peak(partial(decode, data, chunk.key)),
-            ]
+            for small in (True, False):  # first for what is imported and set up once
+                one = make_chunk(chunk.namespace.layout, 32) if small else chunk
+                encoded, parts = peak(partial(encode, one, chain))
+                data = [memoryview(bytearray().join(parts))]
+                del parts
+                decoded, _ = peak(partial(decode, data, one.key))
             name = ", ".join(n + (f" {o}" if o and n != "encrypt" else "") for n, o in steps)
-            found[f"{name} / {dtype}"] = [round(size / chunk.nbytes, 2) for size in sizes]
+            found[f"{name} / {dtype}"] = [
+                round(size / chunk.nbytes, 2) for size in (encoded, decoded)
+            ]
             del data
     json.dump(found, sys.stdout)
 
