@@ -58,6 +58,7 @@ class _TierFields(_Model):
 class _ConfigFields(_Model):
     chunk_size: int = Field(default=256, ge=1, strict=True)
     strict: bool = Field(default=False, strict=True)
+    load: Literal["when_faster", "always"] = "when_faster"
     tiers: list[Any] = Field(min_length=1)
 
 
@@ -102,6 +103,7 @@ class Config(_ConfigFields):
     chunk_size: tokens in a chunk.
     strict: what makes reuse impossible, such as a store that does not answer, is an error at start
         rather than a log line.
+    load: "when_faster" than computing, where the engine tells how fast it computes, or "always".
     """
 
     tiers: tuple[TierConfig, ...]  # type: ignore[assignment]

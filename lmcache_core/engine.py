@@ -19,6 +19,7 @@ from lmcache_core.keys import ChunkKey, Namespace, TokenIds
 from lmcache_core.layout import Tensors, views
 from lmcache_core.memory import HOST
 from lmcache_core.observers import Observers
+from lmcache_core.pays import Pays
 from lmcache_core.tier import Miss, Tier
 
 DRAIN_SECONDS = 30.0
@@ -58,7 +59,9 @@ class TierInfo(NamedTuple):
 class CacheEngine:
     """Tiers of stored KV, fastest first. Thread-safe; a context manager.
 
-    No method raises for what a store does or fails to do.
+    No method raises for what a store does or fails to do. `pays` hears from a connector how long it
+    computes and loads; a tier from which loading does not pay is not looked into for a while,
+    unless it is memory or the config says `load: always`.
     """
 
     def __init__(self, config: Config, plugins: Sequence[object] = ()) -> None:
@@ -74,6 +77,8 @@ class CacheEngine:
         except BaseException:
             self.close()
             raise
+        always = config.load == "always"
+        self.pays = Pays([not (always or t.in_memory) for t in self._tiers], self._judged)
         _ENGINES.add(self)
 
     def namespace(self, **fields: Any) -> Namespace:
@@ -87,6 +92,9 @@ class CacheEngine:
         namespace = Namespace(**fields, extra=extra)
         self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
         return namespace
+
+    def _judged(self, number: int, state: str, cause: str) -> None:
+        self._tiers[number].state_changed("loads")(state, cause)
 
     def _check_capacities(self, nbytes: int) -> None:
         for tier in self._config.tiers:
@@ -142,6 +150,9 @@ class CacheEngine:
         for number, tier in enumerate(self._tiers[first:], first):
             if not unknown:
                 break
+            if not self.pays.worth(number):
+                failed = (tier.name, "slow")
+                continue
             present, reason = tier.contains([keys[i] for i in unknown])
             for i, there in zip(unknown, present, strict=True):
                 if there:

@@ -64,8 +64,8 @@ class Tier:
         self._chain = SerdeChain([serde.create() for serde in config.serde])
         self._deadline = config.deadline
         self._observers = observers
-        self._reads = Breaker(f"{self.name} reads", self.ping, self._state_changed("reads"))
-        self._writes = Breaker(f"{self.name} writes", self.ping, self._state_changed("writes"))
+        self._reads = Breaker(f"{self.name} reads", self.ping, self.state_changed("reads"))
+        self._writes = Breaker(f"{self.name} writes", self.ping, self.state_changed("writes"))
         self._workers = Workers(f"lmcache-{self.name}", THREADS)
         self._encoders = Workers(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
@@ -315,7 +315,9 @@ class Tier:
         """Return if the store answers; else raise what it raises, or DeadlineExceeded."""
         self._call(lambda: self._backend.ping(self._deadline))
 
-    def _state_changed(self, path: str) -> Callable[[str, str], None]:
+    def state_changed(self, path: str) -> Callable[[str, str], None]:
+        """Who is to hear that a path, such as "reads", is "open", that is bypassed, or "closed"."""
+
         def changed(state: str, cause: str) -> None:
             text = f"tier {self.name}: {path} are {'bypassed' if state == 'open' else 'back'}"
             LOG.warn(f"{self.name} {path} {state}", f"{text}: {cause}")

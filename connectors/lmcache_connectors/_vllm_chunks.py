@@ -109,18 +109,29 @@ class Metadata(KVConnectorMetadata):
     """How often the weights had changed, as far as the scheduler knew."""
     idle: bool = False
     """Whether vLLM computes nothing in this step."""
+    number: int = 0
+    """The step's."""
 
 
 @dataclass
 class Report(KVConnectorWorkerMetadata):
     """What a worker tells the scheduler in one step."""
 
+    step: int = 0
+    """Its number."""
     weights: int = 0
     """How often its weights have changed."""
+    loads: list[tuple[int, int, float]] = field(default_factory=list)
+    """Loads that ended: their slowest tier, the tokens that came, seconds."""
     off: bool = False
     """It moves nothing."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
-        if isinstance(other, Report):
-            return Report(max(self.weights, other.weights), self.off or other.off)
-        return self
+        if not isinstance(other, Report):
+            return self
+        return Report(
+            self.step,
+            max(self.weights, other.weights),
+            self.loads + other.loads,
+            self.off or other.off,
+        )

@@ -104,6 +104,11 @@ class Scheduler:
         self._adapters = Adapters()
         self._epoch = ""
         self._weights = 0
+        self._step = 0
+        self._started: dict[int, tuple[int, float]] = {}
+        """Tokens and beginnings of steps that compute, by number, until they end."""
+        self._ended = 0.0
+        """When a step ended last."""
         # A load that fails in the very step that needs it spoils what that step computes. So no
         # other step may have been built on it, no other rank may go on from what was computed, and
         # vLLM must take the blocks' numbers for an answer. A worker that turns out to move nothing
@@ -324,7 +329,23 @@ class Scheduler:
                 known = self._requests.get(request)
                 if known is not None:
                     stores += self._filled(known, computed, output)
-        return Metadata(loads, stores, self._weights, idle=not output.total_num_scheduled_tokens)
+        tokens = output.total_num_scheduled_tokens
+        self._step += 1
+        if tokens and not any(chunks.at_once for chunks in loads):
+            prefill = 2 * max(output.num_scheduled_tokens.values()) >= tokens
+            self._started[self._step] = (tokens if prefill else 0, time.monotonic())
+        return Metadata(loads, stores, self._weights, not tokens, self._step)
+
+    def _measure(self, report: Report) -> None:
+        """Book what a step that ended took, and the loads that did. Steps follow each other, though
+        the next one may be scheduled before."""
+        pays, now = self._cache.engine.pays, time.monotonic()
+        tokens, began = self._started.pop(report.step, (0, now))
+        self._started = {n: step for n, step in self._started.items() if n > report.step}
+        pays.computed(tokens, now - max(began, self._ended))
+        self._ended = now
+        for load in report.loads:
+            pays.loaded(*load)
 
     def _filled(self, known: _Known, computed: int, output: SchedulerOutput) -> list[Chunks]:
         """The chunks that this step fills. A fault of ours must not end the engine."""
@@ -363,9 +384,11 @@ class Scheduler:
         """What the workers report of a step."""
         self._worker_heard = True
         report = output.kv_connector_worker_meta
-        if isinstance(report, Report) and report.weights > self._weights:
-            self._weights = report.weights
-            self.reset()
+        if isinstance(report, Report):
+            self._measure(report)
+            if report.weights > self._weights:
+                self._weights = report.weights
+                self.reset()
         failed = frozenset(output.invalid_block_ids or ())
         for known in self._requests.values() if failed or output.failed_recving else ():
             name = known.request.request_id

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lmcache_connectors import _vllm_cache, _vllm_weights
-from lmcache_connectors._vllm_chunks import Chunks, Metadata
+from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report
 from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors._vllm_packing import Packing, layer_write, prove
 from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream, run_threads_on
@@ -54,8 +54,10 @@ class Worker:
         self._failed_blocks: set[int] = set()
         self._spoilt = False
         """Whether this step computes on blocks that did not come."""
+        self._ended: list[tuple[int, int, float]] = []
+        """Loads of which the scheduler has not heard; see `Report`."""
         self._staged: list[Future[None]] = []
-        self._told_weights = self._weights = _vllm_weights.changes()
+        self._weights = _vllm_weights.changes()
         run_threads_on(spare_cores())
         self._cache = _vllm_cache.acquire(config, kv)
         self._loaders = Workers("lmcache-vllm-load", LOADS)
@@ -99,15 +101,23 @@ class Worker:
 
     def _load(self, chunks: Chunks, stale: bool) -> set[int]:
         """Returns the blocks that did not come."""
-        began = time.perf_counter()
+        began, pays = time.perf_counter(), self._cache.engine.pays
+        begun = pays.begin()
         missing: set[int] = set()
         for number in range(len(self._groups)):
             missing.update(self._load_group(number, chunks, stale))
+        came = 0 if missing else chunks.end - chunks.begin
+        self._ended.append((self._slowest(chunks), came, pays.end(begun)))
         self._cache.count("loads", 1)
         self._cache.count("load_seconds", time.perf_counter() - began)
         if missing:
             self._cache.count("failed_loads", 1)
         return missing
+
+    def _slowest(self, chunks: Chunks) -> int:
+        """The number of the slowest tier that a load needs."""
+        first = chunks.place(chunks.begin)
+        return max(tier for row in chunks.tiers[self._rank] for tier in row[first:])
 
     def _load_group(self, number: int, chunks: Chunks, stale: bool) -> list[int]:
         """The blocks of a group that did not come."""
@@ -227,13 +237,10 @@ class Worker:
     def _weights_now(self) -> int:
         return _vllm_weights.changes() - self._weights
 
-    def new_weights(self) -> int | None:
-        """How often the weights have changed, where that is news."""
-        now = _vllm_weights.changes()
-        if now == self._told_weights:
-            return None
-        self._told_weights = now
-        return now - self._weights
+    def report(self, step: int) -> Report:
+        """What the scheduler is to hear of a step."""
+        loads, self._ended = self._ended, []
+        return Report(step, self._weights_now(), loads)
 
     def news(self) -> dict[str, float]:
         """What was counted since the last call."""

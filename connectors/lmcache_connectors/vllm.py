@@ -193,11 +193,8 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._worker.failed_blocks() if self._worker else set()
 
-    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        if not self._worker:
-            return Report(off=True)
-        weights = self._worker.new_weights()
-        return None if weights is None else Report(weights)
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata:
+        return self._worker.report(self._step.number) if self._worker else Report(off=True)
 
     # Both
 

@@ -95,7 +95,8 @@ def saved(config: Any, folder: Path, seed: int = 0) -> Path:
 
 @contextlib.contextmanager
 def engine(model: Path, extra: dict[str, Any] | None = None, **options: Any) -> Iterator[Any]:
-    """An LLM in this process. `extra`: kv_connector_extra_config; without it, no connector."""
+    """An LLM in this process. `extra`: kv_connector_extra_config; without it, no connector. It
+    loads even though these models compute faster than any store, unless `extra` says otherwise."""
     from vllm import LLM
     from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
@@ -110,6 +111,7 @@ def engine(model: Path, extra: dict[str, Any] | None = None, **options: Any) -> 
         "max_model_len": 1024,
     }
     if extra is not None:
+        extra = {"load": "always", **extra} if "tiers" in extra else extra
         settings["kv_transfer_config"] = {
             "kv_connector": "LmcacheCoreConnector",
             "kv_role": "kv_both",
