@@ -29,6 +29,7 @@ _KEYS = {
 }
 _PREFIX = "LMCACHE_"
 _FILE = "LMCACHE_CONFIG_FILE"
+_STRICT = "LMCACHE_STRICT"
 _BOOLEANS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0", ""), False),
@@ -73,6 +74,10 @@ def from_environment(environment: Mapping[str, str]) -> Data:
     if file:
         data, places = _yaml.read(Path(file))
         if not is_lmcache(data):
+            if _STRICT in variables:
+                places["strict",] = f"environment: {_STRICT}"
+                own = _Settings({"strict": variables.pop(_STRICT)}, places)
+                data = {**data, "strict": own.boolean("strict", default=False)}
             if variables:
                 raise ConfigError(
                     f"{', '.join(sorted(variables))}: set beside {_FILE}={file}, which lists its "
@@ -125,6 +130,11 @@ class _Settings:
     def _place(self, key: str) -> str:
         return self._places.get((key,), key)
 
+    def _spelt(self, key: str, like: str) -> str:
+        """A key as it would stand where `like` does: in a file, or in the environment."""
+        in_file = not self._place(like).startswith("environment")
+        return key if in_file else _PREFIX + key.upper()
+
     def _wrong(self, key: str, expected: str) -> ConfigError:
         place = self._place(key)
         name = "" if place.startswith("environment") else f": {key}"
@@ -134,8 +144,8 @@ class _Settings:
         for key in self._data:
             if key not in _KEYS:
                 close = difflib.get_close_matches(str(key), _KEYS, 1)
-                hint = f", did you mean {close[0]!r}?" if close else "."
-                known = ", ".join(sorted(_KEYS))
+                hint = f", did you mean {self._spelt(close[0], key)!r}?" if close else "."
+                known = ", ".join(self._spelt(each, key) for each in sorted(_KEYS))
                 raise self._wrong(key, f"has no equivalent here{hint} Understood: {known}")
 
     def boolean(self, key: str, *, default: bool) -> bool:
@@ -157,7 +167,8 @@ class _Settings:
         """Bytes of a setting in GiB."""
         value = self._data.get(key, default)
         if value is None:
-            raise self._wrong("local_disk", f"{key} (in GiB) must be set, too")
+            name = self._spelt(key, "local_disk")
+            raise self._wrong("local_disk", f"{name} (in GiB) must be set, too")
         try:
             size = float(value)
         except (TypeError, ValueError):
@@ -178,7 +189,8 @@ class _Settings:
 
     def remote(self, url: Any) -> dict[str, Any]:
         if not url:
-            raise self._wrong("use_remote", "remote_url must be set, too")
+            name = self._spelt("remote_url", "use_remote")
+            raise self._wrong("use_remote", f"{name} must be set, too")
         scheme = urlsplit(str(url)).scheme
         if scheme not in _BACKENDS:
             known = ", ".join(f"{name}://" for name in _BACKENDS)

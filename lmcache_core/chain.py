@@ -84,7 +84,7 @@ def _complete(serdes: Sequence[Serde]) -> list[Serde]:
     if kinds != sorted(kinds):
         raise ConfigError(
             f"impossible serde order [{names}]: tensor steps come first, then one of "
-            "raw or safetensors, then byte steps such as zstd"
+            "raw, byteplane or safetensors, then byte steps such as zstd"
         )
     if kinds.count(1) > 1:
         raise ConfigError(f"two steps of [{names}] turn tensors into bytes; one is enough")

@@ -22,14 +22,14 @@ def component(group: Group, name: str) -> Any:
     """The class that `name` stands for, such as ("backends", "disk").
 
     Raises UnknownComponent, with the known names, for one that no installed package brings, and
-    ConfigError where its own import fails, such as for a client library that is not installed.
+    ConfigError where its import fails, such as for a client library that is not installed.
     """
     entry = _entries(group).get(name)
     if entry is None:
         raise UnknownComponent(_unknown(group, name))
     try:
         return entry.load()
-    except ImportError as error:
+    except Exception as error:  # a plugin's import may raise anything
         raise ConfigError(_not_importable(group, entry, error)) from error
 
 
@@ -50,8 +50,9 @@ def _unknown(group: Group, name: str) -> str:
     return f"unknown {_SINGULAR[group]} {name!r}{hint} Known: {', '.join(names) or 'none'}"
 
 
-def _not_importable(group: Group, entry: EntryPoint, error: ImportError) -> str:
+def _not_importable(group: Group, entry: EntryPoint, error: Exception) -> str:
     text = f"{_SINGULAR[group]} {entry.name!r} cannot be imported: {error}"
     if isinstance(error, ModuleNotFoundError) and entry.extras:
-        text += f"; install lmcache-core[{','.join(entry.extras)}]"
+        package = entry.dist.name if entry.dist else "lmcache-core"
+        text += f"; install {package}[{','.join(entry.extras)}]"
     return text

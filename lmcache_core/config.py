@@ -2,13 +2,13 @@
 
 chunk_size: 256
 tiers:                        # fastest first
-- backend: local_cpu
-capacity: 8GiB            # a backend's own keys stand beside the tier's
-- backend: disk
-path: /var/cache/lmcache
-capacity: 200GiB
-serde: [zstd]             # or {zstd: {level: 3}}
-deadline: 200ms
+  - backend: local_cpu
+    capacity: 8GiB            # a backend's own keys stand beside the tier's
+  - backend: disk
+    path: /var/cache/lmcache
+    capacity: 200GiB
+    serde: [zstd]             # or {zstd: {level: 3}}
+    deadline: 200ms
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lmcache_core import _lmcache_settings, _yaml
 from lmcache_core._units import Duration, Size
 from lmcache_core._yaml import KeyPath
+from lmcache_core.backend import StorageBackend
 from lmcache_core.chain import SerdeChain
 from lmcache_core.components import component
 from lmcache_core.errors import ConfigError
@@ -139,13 +140,14 @@ def load(source: str | Path | Mapping[str, Any] | Config | None = None) -> Confi
 
 
 def asks_strict(source: str | Path | None = None) -> bool:
-    """Whether a YAML file, or (None) the environment, says `strict`, be it wrong in all else."""
+    """Whether the environment, or a YAML file (by default the one that it names), says `strict`, be
+    it wrong in all else."""
     file = source or os.environ.get("LMCACHE_CONFIG_FILE")
     try:
         data, _ = _yaml.read(Path(file)) if file else ({}, {})
     except ConfigError:
         data = {}
-    value = os.environ.get("LMCACHE_STRICT", "") if source is None else ""
+    value = os.environ.get("LMCACHE_STRICT", "")
     return data.get("strict") is True or value.strip().lower() in ("1", "true", "yes", "on")
 
 
@@ -177,7 +179,8 @@ class _Problems:
         except ValidationError as error:
             for details in error.errors(include_url=False):
                 loc = tuple(step for step in details["loc"] if isinstance(step, str | int))
-                self.add((*path, *loc), _explain(details, [*model.model_fields, *known]))
+                names = _fields_at(model, loc[:-1]) if loc[1:] else [*model.model_fields, *known]
+                self.add((*path, *loc), _explain(details, names))
             return None
 
     def __enter__(self) -> _Problems:
@@ -191,6 +194,17 @@ class _Problems:
 def _text(path: KeyPath) -> str:
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
     return text.removeprefix(".")
+
+
+def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys of the model that a field of a model is, or a field of that, and so on."""
+    for step in path:
+        field = model.model_fields.get(str(step))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        model = kind
+    return list(model.model_fields)
 
 
 def _explain(details: Any, known: Sequence[str]) -> str:
@@ -215,7 +229,8 @@ def _shown(key: str, value: object) -> str:
         return "*** (not shown)"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{name}: {_shown(str(name), v)}" for name, v in value.items()) + "}"
-    text = re.sub(r"://\S*@", "://***@", repr(value))
+    # In front of @ may stand a password, whatever is wrong with the rest.
+    text = re.sub(r"^(['\"]\w+:/+)?.*@", r"\1***@", repr(value), flags=re.DOTALL)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -279,10 +294,27 @@ def _component(
     if not isinstance(name, str):
         return None  # its type or absence is noted already
     try:
-        return component(group, name)
+        cls = component(group, name)
     except ConfigError as error:
         problems.add(path, str(error))
         return None
+    fault = _fault(cls, name, StorageBackend if group == "backends" else Serde)
+    if fault:
+        problems.add(path, f"{name!r} is not usable: {cls!r} {fault}")
+    return None if fault else cls
+
+
+def _fault(cls: Any, name: str, base: type) -> str:
+    """What keeps a plugin's class from being one, or ""."""
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        return f"is no {base.__name__}"
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    missing += [each for each in ("Options",) if not hasattr(cls, each)]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    if base is Serde and getattr(cls, "name", None) != name:
+        return f"has the name {getattr(cls, 'name', None)!r}: frames would not find it again"
+    return ""
 
 
 def _serdes(data: Any, path: KeyPath, problems: _Problems) -> tuple[SerdeConfig, ...] | None:
@@ -297,8 +329,8 @@ def _serdes(data: Any, path: KeyPath, problems: _Problems) -> tuple[SerdeConfig,
         return None
     try:
         SerdeChain([serde.create() for serde in serdes])
-    except ConfigError as error:
-        problems.add(path, str(error))
+    except Exception as error:  # a plugin's may be any
+        problems.add(path, str(error) or repr(error))
         return None
     return serdes
 

@@ -6,6 +6,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -78,7 +79,9 @@ class CacheEngine:
             self.close()
             raise
         always = config.load == "always"
-        self.pays = Pays([not (always or t.in_memory) for t in self._tiers], self._judged)
+        self.pays = Pays(
+            [not (always or t.in_memory) for t in self._tiers], partial(_judged, self._tiers)
+        )
         _ENGINES.add(self)
 
     def namespace(self, **fields: Any) -> Namespace:
@@ -92,9 +95,6 @@ class CacheEngine:
         namespace = Namespace(**fields, extra=extra)
         self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
         return namespace
-
-    def _judged(self, number: int, state: str, cause: str) -> None:
-        self._tiers[number].state_changed("loads")(state, cause)
 
     def _check_capacities(self, nbytes: int) -> None:
         for tier in self._config.tiers:
@@ -389,8 +389,8 @@ def _gather(
 def _open_tier(config: TierConfig, observers: Observers, strict: bool) -> Tier:
     try:
         backend = component("backends", config.backend)(config.options)
-    except ConfigError as error:
-        raise ConfigError(f"{config.where}: {error}") from error
+    except Exception as error:  # a plugin's may be any
+        raise ConfigError(f"{config.where}: {str(error) or repr(error)}") from error
     tier = Tier(config, backend, observers)
     try:
         if strict:
@@ -400,6 +400,10 @@ def _open_tier(config: TierConfig, observers: Observers, strict: bool) -> Tier:
         cause = str(error) or repr(error)
         raise ConfigError(f"{config.where}: does not answer: {cause}") from error
     return tier
+
+
+def _judged(tiers: Sequence[Tier], number: int, state: str, cause: str) -> None:
+    tiers[number].state_changed("loads")(state, cause)
 
 
 def _close(tiers: list[Tier]) -> None:

@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pydantic import field_validator
+
 from lmcache_core import (
     Allocate,
     ChunkKey,
@@ -43,13 +45,20 @@ _SLACK = 20
 
 
 class DiskOptions(Options):
-    """`path`: a directory, created when missing. `capacity`: bytes over all processes
-    that share it. `fsync`: force each chunk to the medium before it becomes visible; without it a
-    power cut may cost chunks, which their checksum turns into misses."""
+    """`path`: a directory, created when missing; `~` is the user's. `capacity`: bytes over all
+    processes that share it. `fsync`: force each chunk to the medium before it becomes visible;
+    without it a power cut may cost chunks, which their checksum turns into misses."""
 
     path: Path
     capacity: Size
     fsync: bool = False
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _directory(cls, value: object) -> object:
+        if value is None or not str(value).strip():
+            raise ValueError("expected a directory")
+        return os.path.expanduser(str(value))
 
     def identity(self) -> str:
         """Two tiers of equal identity would be one store."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr, model_validator
+from pydantic import SecretStr, field_validator
 
 from lmcache_backends._memcached_servers import (
     MANY,
@@ -64,10 +64,11 @@ class MemcachedOptions(Expiry):
     password_env: str | None = None
     tls: Tls | None = None
 
-    @model_validator(mode="after")
-    def _url_is_one(self) -> MemcachedOptions:
-        parse_url(self.url.get_secret_value())
-        return self
+    @field_validator("url")
+    @classmethod
+    def _readable(cls, url: SecretStr) -> SecretStr:
+        parse_url(url.get_secret_value())
+        return url
 
     def identity(self) -> str:
         """Two tiers of equal identity would be one store."""

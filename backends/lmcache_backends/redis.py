@@ -16,7 +16,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from lmcache_backends._options import Address, Expiry, Prefix, Tls, from_environment
 from lmcache_backends._redis_servers import Dial, Link, Servers, encode, encode_word, parse_url
@@ -56,6 +56,12 @@ class RedisOptions(Expiry):
     password_env: str | None = None
     sentinel_password_env: str | None = None
     tls: Tls = Field(default_factory=Tls)
+
+    @field_validator("url")
+    @classmethod
+    def _readable(cls, url: SecretStr) -> SecretStr:
+        parse_url(url.get_secret_value())
+        return url
 
     @model_validator(mode="after")
     def _fits_together(self) -> RedisOptions:

@@ -32,7 +32,7 @@ from urllib.parse import unquote
 
 from aiobotocore.config import AioConfig
 from botocore import UNSIGNED
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from lmcache_backends._loop import Loop, Patience, result, together
 from lmcache_backends._options import Tls
@@ -84,6 +84,12 @@ class S3Options(Options):
     anonymous: bool = False
     parallel: int = Field(default=16, ge=1, le=256)
     tls: Tls = Field(default_factory=Tls)
+
+    @field_validator("url")
+    @classmethod
+    def _readable(cls, url: SecretStr) -> SecretStr:
+        parse_url(url.get_secret_value())
+        return url
 
     @model_validator(mode="after")
     def _fitstogether(self) -> S3Options:

@@ -700,10 +700,15 @@ def main(arguments: Sequence[str]) -> int:
         for name, path in _pools():
             print(f"{name}\t{_described(path)}")
     elif command == "clear":
-        for name, path in _pools():
+        pools = dict(_pools())
+        for name, path in pools.items():
             if name in names or not (names or _members(path)):
                 os.unlink(path)
                 print(f"{name}\tremoved")
+        missing = [name for name in names if name not in pools]
+        if missing:
+            print(f"no such pool: {', '.join(missing)}", file=sys.stderr)
+            return 1
     else:
         print((__doc__ or "").rpartition("\n\n")[2].rstrip(), file=sys.stderr)
         return 2

@@ -105,7 +105,8 @@ def acquire(config: VllmConfig, kv: KVCacheConfig) -> Cache:
     ours = lmcache_core.load_config(_source(config))
     tiers = ours.tiers if _one_process(config) else tuple(map(_shared, ours.tiers))
     chunk = ours.chunk_size if share_as(config) else chunk_tokens(kv, ours.chunk_size)
-    return _CACHES.acquire(ours.model_copy(update={"tiers": tiers, "chunk_size": chunk}))
+    more = {"tiers": tiers, "chunk_size": chunk, "strict": is_strict(config)}
+    return _CACHES.acquire(ours.model_copy(update=more))
 
 
 def release(cache: Cache) -> None:

@@ -1,8 +1,8 @@
 """A third party's backend, whole: frames in an SQLite file.
 
 tiers:
-- backend: sqlite
-path: /var/cache/kv.sqlite
+  - backend: sqlite
+    path: /var/cache/kv.sqlite
 """
 
 from __future__ import annotations

@@ -153,6 +153,17 @@ def test_a_count_that_a_crash_left_wrong_mends_itself(tmp_path: Path) -> None:
 # Trouble with the medium
 
 
+def test_the_home_directory_may_be_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DiskOptions(path="~/kv", capacity=1).path == tmp_path / "kv"
+
+
+@pytest.mark.parametrize("path", ["", " ", None])
+def test_no_path_is_not_the_current_directory(path: str | None) -> None:
+    with pytest.raises(ValueError, match="expected a directory"):
+        DiskOptions(path=path, capacity=1)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_medium_refuses_and_leaks_nothing(
     tmp_path: Path, backend: DiskBackend, raw: RawFiles, monkeypatch: pytest.MonkeyPatch, code: int

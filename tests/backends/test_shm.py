@@ -817,6 +817,8 @@ def test_list_and_clear(pool: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{pool}.left\tremoved\n"
     assert RawPool(pool).path.exists()
     assert main(["clear", pool]) == 0
+    assert main(["clear", pool]) == 1
+    assert f"no such pool: {pool}" in capsys.readouterr().err
     assert not RawPool(pool).path.exists()
     used.close()
     assert main(["what"]) == 2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,15 @@ def test_a_missing_client_library_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "_entries", lambda group: {"far": entry})
     with pytest.raises(ConfigError, match=r"no_such_module.*install lmcache-core\[redis\]"):
         component("backends", "far")
+
+
+def test_lint_keeps_plugins_from_every_module_of_the_core() -> None:
+    root = Path(__file__).parents[2]
+    contracts = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]
+    forbidden = contracts["contracts"][2]["forbidden_modules"]
+    modules = {f"lmcache_core.{file.stem}" for file in (root / "lmcache_core").glob("[!_]*.py")}
+    modules |= {f"lmcache_core.{file.stem}" for file in (root / "lmcache_core").glob("_[!_]*.py")}
+    assert set(forbidden) == modules | {"lmcache_core.testing"}
 
 
 def test_importing_the_core_imports_no_plugin_and_no_client_library() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,17 @@ from pydantic import BaseModel
 
 import lmcache_core
 from lmcache_backends.local_cpu import LocalCpuBackend
-from lmcache_core import Config, ConfigError, Duration, Size, TierConfig
+from lmcache_core import (
+    BytesToBytes,
+    Config,
+    ConfigError,
+    Duration,
+    Size,
+    StorageBackend,
+    TierConfig,
+    components,
+    config,
+)
 from lmcache_core.config import load
 
 GOOD = """\
@@ -225,6 +237,95 @@ def test_secrets_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "hunter2" not in text
     assert "tiers[0].password: expected a valid integer" in text
     assert "redis://***@host/0" in text
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis:/me:hunter2@host",
+        "me:hunter2@host",
+        "redis://me:hun ter2@x:hunter2@host:port",
+        "@hunter2@",
+    ],
+)
+def test_no_part_of_a_broken_url_that_may_be_a_password_is_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"tiers\[0\]\.url: .*\*\*\*@") as caught:
+        load({"tiers": [{"backend": "redis", "url": url}]})
+    assert "ter2" not in str(caught.value)
+
+
+def test_a_key_below_another_is_compared_with_those_of_its_own_place() -> None:
+    tier = {"backend": "redis", "url": "rediss://h", "tls": {"chek_hostname": True}}
+    with pytest.raises(ConfigError) as caught:
+        load({"tiers": [tier]})
+    assert str(caught.value) == (
+        "tiers[0].tls.chek_hostname: unknown key, did you mean 'check_hostname'? "
+        "Known: ca, cert, check_hostname, key"
+    )
+
+
+def test_the_modules_own_example_is_a_config() -> None:
+    example = yaml.safe_load(config.__doc__.partition("\n\n")[2])
+    assert [tier.backend for tier in load(example).tiers] == ["local_cpu", "disk"]
+
+
+class NoName(BytesToBytes):
+    Options = lmcache_core.Options
+
+    def encode(self, parts: Any, context: bytes) -> Any: ...
+    def decode(self, payload: Any, context: bytes, allocate: Any, limit: int) -> Any: ...
+
+
+class OtherName(NoName):
+    name = "other"
+
+
+class Unfinished(StorageBackend):
+    Options = lmcache_core.Options
+
+
+class Angry(Unfinished):
+    def __init__(self, options: Any) -> None:
+        raise OSError("not today")
+
+
+Angry.__abstractmethods__ = frozenset()
+
+
+PLUGINS: dict[str, tuple[str, str, str]] = {
+    "no such class": ("backends", "json:NoSuch", "cannot be imported: module 'json' has no"),
+    "no such module": ("serdes", "no_such_module:X", "cannot be imported: No module named"),
+    "no backend": ("backends", "json:JSONDecoder", "is no StorageBackend"),
+    "no class": ("backends", "json:dumps", "is no StorageBackend"),
+    "no serde": ("serdes", "json:JSONDecoder", "is no Serde"),
+    "a serde without a name": ("serdes", f"{__name__}:NoName", "has the name None"),
+    "a serde of another name": ("serdes", f"{__name__}:OtherName", "has the name 'other'"),
+    "an unfinished backend": (
+        "backends",
+        f"{__name__}:Unfinished",
+        "lacks contains, delete, get, put, scan",
+    ),
+    "one that cannot be opened": ("backends", f"{__name__}:Angry", "not today"),
+}
+
+
+@pytest.mark.parametrize("fault", PLUGINS)
+def test_a_faulty_plugin_is_a_config_error_at_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    group, target, says = PLUGINS[fault]
+    entry = EntryPoint("mine", target, f"lmcache_core.{group}")
+    monkeypatch.setitem(components._entries(group), "mine", entry)
+    file = tmp_path / "cache.yaml"
+    tier = (
+        "backend: mine"
+        if group == "backends"
+        else "backend: local_cpu\n  capacity: 9\n  serde: mine"
+    )
+    file.write_text(f"tiers:\n- {tier}\n")
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        lmcache_core.open(file)
+    assert str(caught.value).startswith(f"{file}:{'2' if group == 'backends' else '4'}: tiers[0]")
 
 
 class Units(BaseModel):

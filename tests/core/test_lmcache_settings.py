@@ -75,11 +75,11 @@ def test_use_local_false_switches_both_off(monkeypatch: pytest.MonkeyPatch, tmp_
         ({"LOCAL_CPU": "1", "CHUNK_SIZE": "abc"}, "LMCACHE_CHUNK_SIZE: expected an integer; found 'abc'"),
         ({"LOCAL_CPU": "1", "CHUNK_SIZE": "0"}, "LMCACHE_CHUNK_SIZE: chunk_size: expected greater"),
         ({"LOCAL_CPU": "1", "MAX_LOCAL_CPU_SIZE": "5GB"}, "LMCACHE_MAX_LOCAL_CPU_SIZE: expected a size in GiB"),
-        ({"LOCAL_DISK": "/x"}, "LMCACHE_LOCAL_DISK: max_local_disk_size (in GiB) must be set, too"),
+        ({"LOCAL_DISK": "/x"}, "LMCACHE_LOCAL_DISK: LMCACHE_MAX_LOCAL_DISK_SIZE (in GiB) must be set, too"),
         ({"LOCAL_DISK": "True"}, "LMCACHE_LOCAL_DISK: expected a directory; found 'True'"),
-        ({"LOCAL_CPUS": "1"}, "LMCACHE_LOCAL_CPUS: has no equivalent here, did you mean 'local_cpu'?"),
+        ({"LOCAL_CPUS": "1"}, "LMCACHE_LOCAL_CPUS: has no equivalent here, did you mean 'LMCACHE_LOCAL_CPU'?"),
         ({"ENABLE_BLENDING": "1"}, "LMCACHE_ENABLE_BLENDING: has no equivalent here"),
-        ({"USE_REMOTE": "True"}, "LMCACHE_USE_REMOTE: remote_url must be set, too"),
+        ({"USE_REMOTE": "True"}, "LMCACHE_USE_REMOTE: LMCACHE_REMOTE_URL must be set, too"),
         ({"REMOTE_URL": "lm://host:1"}, "LMCACHE_REMOTE_URL: no equivalent for lm://"),
         ({"REMOTE_URL": "redis://h", "REMOTE_SERDE": "cachegen"}, "LMCACHE_REMOTE_SERDE: no equivalent for 'cachegen'"),
         ({}, "nothing says where KV is to be stored"),
@@ -89,6 +89,17 @@ def test_what_cannot_be_translated_is_named(
     monkeypatch: pytest.MonkeyPatch, values: dict[str, str], says: str
 ) -> None:
     assert says in said(monkeypatch, **values)
+
+
+def test_a_file_of_ours_may_be_strict_by_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "cache.yaml"
+    file.write_text("tiers: [{backend: local_cpu, capacity: 1GiB}]\n")
+    assert environment(monkeypatch, CONFIG_FILE=str(file), STRICT="1").strict
+    assert not environment(monkeypatch, CONFIG_FILE=str(file), STRICT="0").strict
+    says = said(monkeypatch, CONFIG_FILE=str(file), STRICT="perhaps")
+    assert "environment: LMCACHE_STRICT: expected true or false; found 'perhaps'" in says
 
 
 def test_lmcaches_yaml_and_the_environment_over_it(

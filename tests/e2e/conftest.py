@@ -24,11 +24,17 @@ def smollm() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def document(smollm: tuple[Any, Any]) -> torch.Tensor:
-    """600 tokens of the Python language reference, [1, 600]."""
+def text(smollm: tuple[Any, Any]) -> torch.Tensor:
+    """1,200 tokens of the Python language reference, [1, 1200]."""
     tokenizer = smollm[1]
-    text = smollm2.document(tokenizer, 700)
-    return tokenizer(text, return_tensors="pt")["input_ids"][:, :600]
+    ids = tokenizer(smollm2.document(tokenizer, 1300), return_tensors="pt")["input_ids"]
+    return ids[:, :1200]
+
+
+@pytest.fixture(scope="session")
+def document(text: torch.Tensor) -> torch.Tensor:
+    """The first half of it, [1, 600]."""
+    return text[:, :600]
 
 
 @pytest.fixture(scope="session")

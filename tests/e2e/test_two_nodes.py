@@ -71,9 +71,9 @@ def two_nodes(
 
 
 @pytest.fixture
-def prompt(document: torch.Tensor, tmp_path: Path) -> Path:
+def prompt(text: torch.Tensor, tmp_path: Path) -> Path:
     path = tmp_path / "prompt.json"
-    path.write_text(json.dumps(document.tolist()))
+    path.write_text(json.dumps(text.tolist()))
     return path
 
 
@@ -113,7 +113,7 @@ def compare(
     computed = first.answer()
     reused = second.answer()
     assert reused["output"] == computed["output"]
-    chunks = (600 - 1) // CHUNK
+    chunks = (1200 - 1) // CHUNK
     assert reused["loaded"] == {tier["backend"]: 2 * chunks}  # for each of two answers
     with capsys.disabled():
         saved = 1 - reused["ttft"] / computed["ttft"]
