@@ -78,10 +78,8 @@ class CacheEngine:
         except BaseException:
             self.close()
             raise
-        always = config.load == "always"
-        self.pays = Pays(
-            [not (always or t.in_memory) for t in self._tiers], partial(_judged, self._tiers)
-        )
+        judged = [config.load != "always" and not tier.in_memory for tier in self._tiers]
+        self.pays = Pays(judged, partial(_judged, self._tiers))
         _ENGINES.add(self)
 
     def namespace(self, **fields: Any) -> Namespace:

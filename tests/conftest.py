@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 from lmcache_core.testing import no_leaks
 
+# One thread for each process that computes: there are as many of them as cores, and threads of
+# OpenMP that wait for one which has none waste the time of all.
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 settings.register_profile("any machine", deadline=None)  # examples may take as long as they like
 settings.load_profile("any machine")
 

@@ -342,7 +342,8 @@ class Scheduler:
         pays, now = self._cache.engine.pays, time.monotonic()
         tokens, began = self._started.pop(report.step, (0, now))
         self._started = {n: step for n, step in self._started.items() if n > report.step}
-        pays.computed(tokens, now - max(began, self._ended))
+        if self._transfer.is_kv_producer:  # others are there to have prefills done elsewhere
+            pays.computed(tokens, now - max(began, self._ended))
         self._ended = now
         for load in report.loads:
             pays.loaded(*load)

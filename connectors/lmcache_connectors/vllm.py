@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ from lmcache_connectors._vllm_worker import Worker
 log = logging.getLogger("vllm.lmcache_core")
 
 
+@lru_cache(maxsize=64)
+def _say_off(cause: str) -> None:
+    """Once, though both sides may be in this process."""
+    log.warning("lmcache-core is off, vLLM goes on without it: %s", cause)
+
+
+def _speak_through_vllm() -> None:
+    """Let vLLM's handlers have what the core logs, unless somebody handles it already."""
+    core, vllm = logging.getLogger("lmcache_core"), logging.getLogger("vllm")
+    if not core.hasHandlers():
+        core.handlers = list(vllm.handlers)
+
+
 class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     """vLLM's KV connector over a CacheEngine.
 
@@ -55,6 +69,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _speak_through_vllm()
         self._scheduler: Scheduler | None = None
         self._worker: Worker | None = None
         self._refused: set[str] = set()
@@ -78,7 +93,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         """Serve without a cache, and say why; or stop, where the config says so."""
         if is_strict(self._vllm_config):
             raise error
-        log.warning("lmcache-core is off, vLLM goes on without it: %s", str(error) or repr(error))
+        _say_off(str(error) or repr(error))
 
     @property
     def requires_kv_delivery(self) -> bool:

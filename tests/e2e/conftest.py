@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +53,3 @@ def answers(smollm: tuple[Any, Any], prompts: list[torch.Tensor]) -> list[torch.
 def answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """The prompt and 16 tokens more."""
     return model.generate(ids, max_new_tokens=16, do_sample=False)
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)

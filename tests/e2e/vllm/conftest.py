@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -25,6 +26,12 @@ Engine = Callable[..., contextlib.AbstractContextManager[Any]]
 @pytest.fixture(autouse=True)
 def _no_leaks() -> None:
     """vLLM's own threads and files come and go; what we leave behind is tested elsewhere."""
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pytest hear what vLLM's logger is told."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
 
 
 @pytest.fixture

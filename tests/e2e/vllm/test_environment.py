@@ -200,9 +200,24 @@ def test_a_wrong_environment_is_an_error_if_strict(
         stack.enter_context(engine(llama))
 
 
-def test_strict_in_a_file(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+DEAD = {"tiers": [{"backend": "redis", "url": "redis://127.0.0.1:1"}]}
+
+
+@pytest.mark.parametrize("strict", ["in the file", "beside it", "in the environment"])
+@pytest.mark.parametrize("config", ["named by the environment", "a file", "keys"])
+def test_a_dead_store_is_an_error_wherever_strict_stands(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, strict: str
+) -> None:
     file = tmp_path / "cache.yaml"
-    file.write_text("strict: true\ntiers:\n- backend: redis\n  url: redis://127.0.0.1:1\n")
-    monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(file))
+    keys = {**DEAD, "strict": True} if strict == "in the file" else DEAD
+    file.write_text(json.dumps(keys))
+    if strict == "in the environment":
+        monkeypatch.setenv("LMCACHE_STRICT", "1")
+    extra = {"a file": {"config_file": str(file)}, "keys": keys}.get(config)
+    if extra is None:
+        monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(file))
+        extra = {"strict": True} if strict == "beside it" else None
+    elif strict == "beside it":
+        extra = {**extra, "strict": True}
     with pytest.raises(Exception, match="refused"), contextlib.ExitStack() as stack:
-        stack.enter_context(engine(llama))
+        stack.enter_context(engine(llama, extra))
