@@ -231,8 +231,26 @@ def rivals(chunk: Chunk, rounds: int) -> list[str]:
         ratio = len(data) / len(packed)
         rates = [speed(compress, len(data), rounds)]
         rates.append(speed(lambda: decompress(packed), len(data), rounds))  # noqa: B023
+        beside(chunk, name, compress, lambda: decompress(packed))  # noqa: B023
         lines.append(f"| {name} | {ratio:.2f} | {rates[0]:.1f} | | {rates[1]:.1f} | | | |")
     return lines
+
+
+def beside(
+    chunk: Chunk, name: str, compress: Callable[[], object], decompress: Callable[[], object]
+) -> None:
+    """Print how fast [byteplane, zstd] is beside a rival, in turns of ten: a machine that others
+    use is not as fast in one minute as in the next."""
+    chain = chain_of(CHAINS["byteplane, zstd"])
+    frame = memoryview(bytearray().join(encode(chunk, chain)))
+    pairs = {
+        "encodes": (lambda: encode(chunk, chain), compress),
+        "decodes": (lambda: decode([frame], chunk.key), decompress),
+    }
+    for what, pair in pairs.items():
+        ours, theirs = zip(*([speed(work, 1, 10) for work in pair] for _ in range(15)), strict=True)
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        console.print(f"byteplane, zstd {what} {ratio:.2f} times as fast as {name}, in turns")
 
 
 def speed(work: Callable[[], object], nbytes: int, rounds: int) -> float:

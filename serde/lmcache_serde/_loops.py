@@ -99,9 +99,11 @@ def split(
     return count
 
 
-@_compiled("void(u1[:,:,::1], u1[:,:,::1], u1[:,:,::1], u2[:,:,::1])")
-def merge(codes: Array, base: Array, noise: Array, values: Array) -> None:
-    """Fill `values`, wrong where an exponent has no code."""
+@_compiled("b1(u1[:,:,::1], u1[:,:,::1], i4[::1], u1[::1], u1[:,:,::1], u2[:,:,::1])")
+def merge(
+    codes: Array, base: Array, gaps: Array, exponents: Array, noise: Array, values: Array
+) -> bool:
+    """Fill `values`; False where a gap leads out of them."""
     rows, tokens, channels = values.shape
     for r in range(rows):
         low = base[r, 0]
@@ -113,3 +115,10 @@ def merge(codes: Array, base: Array, noise: Array, values: Array) -> None:
             else:
                 for c in range(channels):
                     value[c] = _value(code[c] & uint8(15), low[c], rest[c])
+    flat, place = values.reshape(-1), 0
+    for n in range(len(gaps)):
+        place += gaps[n]
+        if not 0 <= place < len(flat):
+            return False
+        flat[place] = flat[place] & uint16(0x807F) | uint16(exponents[n]) << uint16(7)
+    return True

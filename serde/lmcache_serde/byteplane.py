@@ -260,10 +260,12 @@ def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
     if _loops and spec.dtype == "bfloat16" and "gaps" in pieces:
-        arrays = (pieces["codes"], pieces["base"], pieces["noise"][0], values.view(torch.uint16))
-        _loops.merge(*(array.numpy() for array in arrays))
-    else:
-        _merge_slices(values, pieces)
+        read = [pieces[name] for name in ("codes", "base", "gaps", "values")]
+        arrays = (*read, pieces["noise"][0], values.view(torch.uint16))
+        if not _loops.merge(*(array.numpy() for array in arrays)):
+            raise ValueError("an exponent beyond the tensor's end")
+        return out
+    _merge_slices(values, pieces)
     if "gaps" in pieces:
         _put_exponents(out, pieces["gaps"].numpy().cumsum(), pieces["values"].numpy())
     return out

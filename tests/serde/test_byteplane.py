@@ -89,6 +89,19 @@ def test_byteplane_keeps_exponents_that_have_no_code(
     assert payload.nbytes <= tensor.nbytes + 4 + 10 * 9
 
 
+@pytest.mark.parametrize("gap", [-(1 << 31), 5 * 9 * 9, (1 << 31) - 1])
+@pytest.mark.parametrize("way", WAYS)
+def test_byteplane_writes_no_exponent_outside_of_its_tensor(way: str, gap: int) -> None:
+    tensor = torch.ones(5, 9, 9, dtype=torch.bfloat16)
+    tensor[1, 2, 3] = 1e30
+    payload = comes_back(tensor)
+    count = int.from_bytes(payload[:4], "little", signed=True)
+    assert count > 0
+    payload[-5 * count :][:4] = gap.to_bytes(4, "little", signed=True)
+    with going(way), pytest.raises((ValueError, IndexError)):
+        BytePlane(BytePlane.Options()).decode(payload, [TensorSpec.of("x", tensor)])
+
+
 def test_byteplane_makes_what_zstd_can_compress() -> None:
     """Channels of different magnitude, as keys have them."""
     layout = tiny_layout()
