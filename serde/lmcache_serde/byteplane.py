@@ -26,6 +26,7 @@ arXiv:2411.05239); taking channel and neighbour into account is what goes beyond
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,6 +36,9 @@ import torch
 from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view, scratch, views
 
 try:
+    # vLLM's CPU backend looks through all modules for kernels, and fails to start on llvmlite's.
+    if "vllm" in sys.modules:
+        raise ImportError("numba stays out of vLLM's processes")
     from lmcache_serde import _loops
 except Exception:  # numba is not installed, or refuses this system
     _loops = None  # type: ignore[assignment]
