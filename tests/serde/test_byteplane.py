@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +42,14 @@ def comes_back(tensor: torch.Tensor) -> memoryview:
         assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
     assert payloads[0] == payloads[1]
     return memoryview(payloads[0])
+
+
+def test_numba_stays_out_of_vllms_processes() -> None:
+    """Its CPU backend does not start where llvmlite is imported."""
+    code = "import sys; sys.modules['vllm'] = sys; import lmcache_serde.byteplane as b"
+    code += "; print(b._loops, [m for m in sys.modules if m.startswith(('numba', 'llvmlite'))])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert out.stdout == "None []\n"
 
 
 class TestBytePlane(SerdeConformance):
