@@ -309,7 +309,8 @@ def _fault(cls: Any, name: str, base: type) -> str:
     if not (isinstance(cls, type) and issubclass(cls, base)):
         return f"is no {base.__name__}"
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    missing += [each for each in ("Options",) if not hasattr(cls, each)]
+    if not hasattr(cls, "Options"):
+        missing.append("Options")
     if missing:
         return f"lacks {', '.join(missing)}"
     if base is Serde and getattr(cls, "name", None) != name:

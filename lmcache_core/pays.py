@@ -46,7 +46,8 @@ class Pays:
     def computed(self, tokens: int, seconds: float) -> None:
         """A prefill took so long; its queue aside."""
         if tokens >= PREFILL and seconds > 0:
-            self._speeds.append(tokens / seconds)
+            with self._lock:
+                self._speeds.append(tokens / seconds)
 
     def loaded(self, tier: int, tokens: int, seconds: float) -> None:
         """A load, of which `tier` was the slowest, took so long; `tokens` is what came."""
