@@ -23,7 +23,7 @@ from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, frame
 from lmcache_core.engine import CacheEngine
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
-from tests.servers import free_port
+from tests.servers import PATIENCE, free_port
 
 SIZE = 4
 CHUNK_BYTES = 64 * SIZE
@@ -426,9 +426,9 @@ def test_a_store_that_hangs_costs_one_deadline_and_comes_back(
     namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path, stalled: Stalls
 ) -> None:
     keys = sequence(namespace, 4)
-    with opened(disk(tmp_path, deadline="300ms")) as cache:
+    with opened(disk(tmp_path, deadline=PATIENCE)) as cache:
         cache.store(namespace, keys, gather)
-        cache.flush()
+    with opened(disk(tmp_path, deadline="300ms")) as cache:
         stalled.on("contains")
         began = time.monotonic()
         assert cache.lookup(keys).chunks == 0

@@ -70,7 +70,7 @@ def memory() -> dict[str, Any]:
 def redis(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Server]]:
     port = free_port()
     with running(redis_server(tmp_path, port)) as server:
-        tier = {"backend": "redis", "url": f"redis://127.0.0.1:{port}", "deadline": "300ms"}
+        tier = {"backend": "redis", "url": f"redis://127.0.0.1:{port}", "deadline": "2s"}
         yield {"chunk_size": BLOCK, "tiers": [tier]}, server
 
 
