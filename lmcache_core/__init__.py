@@ -1,6 +1,6 @@
 """lmcache-core: stores the KV cache of LLM inference once and hands it back to every request."""
 
-from lmcache_core.backend import Allocate, Options, Parts, StorageBackend, Stored
+from lmcache_core.backend import Allocate, Options, StorageBackend, Stored
 from lmcache_core.components import component, known
 from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig, asks_strict
 from lmcache_core.config import load as load_config
@@ -30,6 +30,7 @@ from lmcache_core.layout import (
 )
 from lmcache_core.memory import own_stream, pin, point, scratch
 from lmcache_core.observers import LOG
+from lmcache_core.parts import Parts, cut, joined
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 from lmcache_core.threads import run_threads_on, start_thread
 from lmcache_core.workers import Workers
@@ -77,7 +78,9 @@ __all__ = [
     "byte_view",
     "component",
     "copy_exact",
+    "cut",
     "hookimpl",
+    "joined",
     "known",
     "load_config",
     "open",

@@ -9,9 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from lmcache_core.keys import ChunkKey
-
-Parts = Sequence[memoryview]
-"""One frame as buffers that follow each other; writers send them without joining them."""
+from lmcache_core.parts import Parts
 
 Allocate = Callable[[int], memoryview]
 """nbytes -> a writable buffer of exactly that size to read a frame into."""

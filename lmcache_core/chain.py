@@ -12,6 +12,7 @@ from lmcache_core.components import component
 from lmcache_core.errors import ConfigError, FrameError
 from lmcache_core.layout import KVLayout, Tensors, TensorSpec
 from lmcache_core.memory import HOST, to_host
+from lmcache_core.parts import Parts
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 
 Step = tuple[str, str]
@@ -58,7 +59,7 @@ class SerdeChain:
 
     def decode(
         self,
-        payload: memoryview,
+        payload: Parts,
         specs: Sequence[TensorSpec],
         info: ChunkInfo,
         context: bytes,

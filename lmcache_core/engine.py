@@ -379,7 +379,7 @@ def _gather(
     namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather, room: Allocate
 ) -> Chunk:
     specs = namespace.layout.tensors(tokens)
-    tensors = views(room(sum(spec.nbytes for spec in specs)), specs)
+    tensors = views([room(sum(spec.nbytes for spec in specs))], specs)
     gather(index, tensors)
     return Chunk(key, namespace, index, tokens, tensors)
 

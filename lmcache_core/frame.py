@@ -33,11 +33,11 @@ from typing import NamedTuple
 
 import xxhash
 
-from lmcache_core.backend import Parts
 from lmcache_core.chain import SerdeChain, Step
 from lmcache_core.errors import ConfigError, FrameError
 from lmcache_core.keys import FRAME_VERSION, ChunkKey, Namespace
 from lmcache_core.layout import DTYPES, Tensors, TensorSpec
+from lmcache_core.parts import Parts
 from lmcache_core.serde import ChunkInfo
 
 MAGIC = b"LMCF"
@@ -104,7 +104,7 @@ def encode(chunk: Chunk, chain: SerdeChain, *, seal: bool = True) -> list[memory
 def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
     """The chunk whose frame lies in `parts` (the head within the first), which must be `key`'s.
 
-    Tensors are views on the last part where the chain allows it. Raises FrameError, and nothing
+    Tensors are views on the parts where the chain allows it. Raises FrameError, and nothing
     else, for bytes that are not that frame.
     """
     head = _Head.read(parts)
@@ -118,7 +118,7 @@ def decode(parts: Parts, key: ChunkKey, *, verify: bool = True) -> Chunk:
         raise FrameError("namespace document and key differ", "foreign")
     info = ChunkInfo(header.namespace.layout, head.tokens, head.place)
     context = _context(key, head.tokens, head.place, raw_header)
-    payload = _join([parts[0][head.start :], *parts[1:]])
+    payload = [parts[0][head.start :], *parts[1:]]
     tensors = header.chain.decode(payload, header.specs, info, context)
     return Chunk(key, header.namespace, head.place, head.tokens, tensors)
 
@@ -176,13 +176,6 @@ def _checksum(prelude: bytes | memoryview, parts: Sequence[memoryview]) -> bytes
 
 def _context(key: ChunkKey, tokens: int, index: int, header: bytes) -> bytes:
     return key + struct.pack("<II", tokens, index) + header
-
-
-def _join(parts: Sequence[memoryview]) -> memoryview:
-    filled = [part for part in parts if part.nbytes]
-    if len(filled) == 1:
-        return filled[0]
-    return memoryview(bytearray().join(filled))
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ to its own dtype without padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lmcache_core.errors import LayoutError
+from lmcache_core.parts import Parts, joined
 
 Tensors = Mapping[str, torch.Tensor]
 """A chunk's tensors by name. A mapping from `CacheEngine.load` is read-only by contract."""
@@ -162,14 +163,45 @@ def copy_exact(out: torch.Tensor, source: torch.Tensor) -> None:
     out.copy_(source.detach())
 
 
-def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
-    """Tensors that lie one behind the other in `buffer`, with no copy.
+def views(parts: Parts, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
+    """Tensors that lie one behind the other in `parts`, with no copy of those that lie whole in
+    one of them, aligned.
 
-    They keep the buffer alive. Raises LayoutError when the buffer has another size.
+    They keep their parts alive. Raises LayoutError when the parts have another size.
     """
-    needed, plan = _plan(tuple(specs))
-    if buffer.nbytes != needed:
-        raise LayoutError(f"the tensors take {needed} bytes; the buffer has {buffer.nbytes}")
+    specs = tuple(specs)
+    needed, there = sum(spec.nbytes for spec in specs), sum(part.nbytes for part in parts)
+    if there != needed:
+        raise LayoutError(f"the tensors take {needed} bytes; the parts have {there}")
+    if len(parts) == 1:
+        return _views(parts[0], specs)
+    tensors: dict[str, torch.Tensor] = {}
+    for buffer, run in _runs(parts, specs):
+        tensors |= _views(buffer, run)
+    return tensors
+
+
+def _runs(
+    parts: Parts, specs: tuple[TensorSpec, ...]
+) -> Iterator[tuple[memoryview, tuple[TensorSpec, ...]]]:
+    """Both, cut where a part and a tensor end at the same place."""
+    rest = iter(parts)
+    buffers: list[memoryview] = []
+    run: list[TensorSpec] = []
+    short = 0
+    for spec in specs:
+        run.append(spec)
+        short += spec.nbytes
+        while short > 0:
+            buffers.append(next(rest))
+            short -= buffers[-1].nbytes
+        if short == 0:
+            yield joined(buffers), tuple(run)
+            buffers, run = [], []
+
+
+def _views(buffer: memoryview, specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:
+    needed, plan = _plan(specs)
     if not needed:
         return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape, *_ in plan}
     # One storage for all, so that `byte_view` knows them as neighbours.
@@ -178,10 +210,11 @@ def views(buffer: memoryview, specs: Iterable[TensorSpec]) -> dict[str, torch.Te
         if buffer.readonly
         else torch.frombuffer(buffer, dtype=torch.uint8)
     )
+    place = whole.data_ptr()
     typed: dict[torch.dtype, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, dtype, shape, strides, offset in plan:
-        if offset % dtype.itemsize:  # another program's order: torch wants its elements aligned
+        if offset % dtype.itemsize or place % dtype.itemsize:  # torch wants its elements aligned
             part = whole[offset : offset + math.prod(shape) * dtype.itemsize].clone()
             tensors[name] = part.view(dtype).view(shape)
             continue

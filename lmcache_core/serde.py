@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from lmcache_core.backend import Options
 from lmcache_core.layout import KVLayout, Tensors, TensorSpec
+from lmcache_core.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +59,25 @@ class TensorsToBytes(Serde):
         """The payload as buffers; views on the tensors where possible."""
 
     @abstractmethod
-    def decode(self, payload: memoryview, specs: Sequence[TensorSpec]) -> Tensors:
-        """Tensors of exactly these specs; views on the payload where possible."""
+    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+        """Tensors of exactly these specs; views on the parts where possible. The payload may be
+        cut into other parts than it was encoded as."""
 
 
 class BytesToBytes(Serde):
     """Such as zstd or encryption."""
 
     @abstractmethod
-    def encode(self, parts: Sequence[memoryview], context: bytes) -> list[memoryview]:
+    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
         """The payload transformed. `context` says whose it is (key, place, chain, namespace);
         it is stored beside the payload and given to decode again, for authentication."""
 
     @abstractmethod
     def decode(
         self,
-        payload: memoryview,
+        parts: Parts,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,
-    ) -> memoryview:
-        """The payload that was encoded, which has at most `limit` bytes."""
+    ) -> list[memoryview]:
+        """The payload that was encoded, which has at most `limit` bytes, as any parts."""

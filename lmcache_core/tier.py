@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lmcache_core import frame
-from lmcache_core.backend import Allocate, Parts, StorageBackend
+from lmcache_core.backend import Allocate, StorageBackend
 from lmcache_core.breaker import Breaker
 from lmcache_core.chain import SerdeChain
 from lmcache_core.config import TierConfig
@@ -22,6 +22,7 @@ from lmcache_core.frame import Chunk
 from lmcache_core.keys import ChunkKey
 from lmcache_core.memory import HOST
 from lmcache_core.observers import LOG, Observers
+from lmcache_core.parts import Parts
 from lmcache_core.workers import Workers
 from lmcache_core.writer import WriteBehind
 

@@ -13,8 +13,9 @@ from typing import ClassVar, Protocol, TypeVar
 
 import pytest
 
-from lmcache_core.backend import Parts, StorageBackend
+from lmcache_core.backend import StorageBackend
 from lmcache_core.keys import ChunkKey
+from lmcache_core.parts import Parts
 from lmcache_core.testing.leaks import no_leaks
 
 SMALL = 64 * 1024

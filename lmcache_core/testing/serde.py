@@ -116,6 +116,18 @@ class SerdeConformance:
             frame.decode([memoryview(data)], chunk.key)
         assert bytes(data) == before
 
+    @_RELAXED
+    @given(cuts=st.lists(st.integers(0, 1 << 12), max_size=5))
+    def test_a_payload_may_come_in_any_parts(self, serde: Serde, cuts: list[int]) -> None:
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 40)
+        data = memoryview(encoded(serde, chunk))
+        start = frame._Head.read([data]).start
+        places = sorted({start + cut for cut in cuts if start + cut <= data.nbytes})
+        ends = zip([0, *places], [*places, data.nbytes], strict=True)
+        again = frame.decode([data[begin:end] for begin, end in ends], chunk.key)
+        for name, original in chunk.tensors.items():
+            self.assert_close(again.tensors[name], original)
+
     def test_tensors_of_any_strides_are_taken(self, serde: Serde) -> None:
         layout = tiny_layout(self.dtypes[0])
         tensors = {n: t.transpose(0, 2).contiguous().transpose(0, 2)

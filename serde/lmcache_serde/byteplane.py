@@ -33,7 +33,17 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from lmcache_core import Options, Tensors, TensorSpec, TensorsToBytes, byte_view, scratch, views
+from lmcache_core import (
+    Options,
+    Parts,
+    Tensors,
+    TensorSpec,
+    TensorsToBytes,
+    byte_view,
+    cut,
+    scratch,
+    views,
+)
 
 try:
     # vLLM's CPU backend looks through all modules for kernels, and fails to start on llvmlite's.
@@ -89,11 +99,11 @@ class BytePlane(TensorsToBytes):
         counts = [p["gaps"].numel() if "gaps" in p else -1 for p in pieces]
         return [memoryview(np.array(counts, "<i4").tobytes()), *byte_view(parts)]
 
-    def decode(self, payload: memoryview, specs: Sequence[TensorSpec]) -> Tensors:
+    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
         counts = [-1] * len(specs)
         if self.options.packed:
-            counts = np.frombuffer(payload[: 4 * len(specs)], "<i4").tolist()
-            payload = payload[4 * len(specs) :]
+            head, parts = cut(parts, 4 * len(specs))
+            counts = np.frombuffer(head, "<i4").tolist()
         shapes = [_shapes(*pair) for pair in zip(specs, counts, strict=True)]
         order = [
             TensorSpec(f"{n}.{name}", *shape[name])
@@ -102,9 +112,9 @@ class BytePlane(TensorsToBytes):
             for name in names
             if name in shape
         ]
-        parts = views(payload, order)
+        pieces = views(parts, order)
         return {
-            spec.name: _merge(spec, {name: parts[f"{n}.{name}"] for name in shapes[n]})
+            spec.name: _merge(spec, {name: pieces[f"{n}.{name}"] for name in shapes[n]})
             for n, spec in enumerate(specs)
         }
 
@@ -191,6 +201,8 @@ class _Work(NamedTuple):
     """Memory for what is made of a slice on the way. It is of the pool: what malloc hands out
     above some size has its pages faulted in each time, at several times the cost of the work."""
 
+    both: torch.Tensor
+    """Of 32 bits, over `high` and `wide`."""
     high: torch.Tensor
     wide: torch.Tensor
     exponents: torch.Tensor
@@ -204,10 +216,12 @@ def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
         return
     shape = values[slices[0]].shape
     size = shape.numel()
-    room = scratch((7 * size,), torch.uint8, _CPU)
+    room = scratch((6 * size,), torch.uint8, _CPU)
+    both = room[: 4 * size].view(torch.int32).view(shape)
     high, wide = room[: 4 * size].view(torch.int16).view(2, *shape)
-    exponents, codes, mask = room[4 * size :].view(3, *shape)
-    work = _Work(high, wide, exponents, codes, mask.view(torch.bool))
+    exponents, codes = room[4 * size :].view(2, *shape)
+    mask = room[:size].view(torch.bool).view(shape)  # by then nobody looks at `high`
+    work = _Work(both, high, wide, exponents, codes, mask)
     yield from [work] * (len(slices) - 1)
     rest = len(values) - slices[-1].start
     yield _Work(*(tensor[:rest] for tensor in work))
@@ -288,13 +302,16 @@ def _merge_slices(values: torch.Tensor, pieces: _Pieces) -> None:
         high.copy_(noise[0].view(torch.int8))  # extends the sign
         high.bitwise_and_(_NOISE).add_(work.wide, alpha=128)
         if wide:
-            _widen(part.view(torch.int32), high, noise[1:])
+            _widen(part.view(torch.int32), high, noise[1:], work.both)
 
 
-def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor) -> None:
-    """Floats of 32 bits from their upper half and the two planes of the lower one."""
-    out.copy_(high).bitwise_left_shift_(16)
-    out.bitwise_or_(noise[0].to(torch.int32).bitwise_left_shift_(8)).bitwise_or_(noise[1])
+def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor, low: torch.Tensor) -> None:
+    """Floats of 32 bits from their upper half and the two planes of the lower one. `low` is
+    memory of as many bits; it may be that of `high`."""
+    out.copy_(high)
+    for plane in noise:
+        out.bitwise_left_shift_(8)
+        out.bitwise_or_(low.copy_(plane))
 
 
 def _put_exponents(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import Field, model_validator
 
-from lmcache_core import BytesToBytes, ConfigError, Options
+from lmcache_core import BytesToBytes, ConfigError, Options, Parts, cut, joined
 
 _NONCE = 12
 _BLOCK = 16
@@ -72,7 +72,7 @@ class Encrypt(BytesToBytes):
         super().__init__(EncryptOptions(key_id=key_id))
         self._master = master
 
-    def encode(self, parts: Sequence[memoryview], context: bytes) -> list[memoryview]:
+    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
         nonce = os.urandom(_NONCE)
         key = _derived(self._master, context[:_NAMESPACE])
         cipher = Cipher(AES(key), GCM(nonce)).encryptor()
@@ -86,14 +86,15 @@ class Encrypt(BytesToBytes):
 
     def decode(
         self,
-        payload: memoryview,
+        parts: Parts,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,
-    ) -> memoryview:
+    ) -> list[memoryview]:
         key = _derived(self._master, context[:_NAMESPACE])
-        nonce = bytes(payload[:_NONCE])
-        return memoryview(AESGCM(key).decrypt(nonce, payload[_NONCE:], context))
+        nonce, sealed = cut(parts, _NONCE)
+        plain = AESGCM(key).decrypt(bytes(nonce), joined(sealed), context)
+        return [memoryview(plain)]
 
 
 @lru_cache(maxsize=256)

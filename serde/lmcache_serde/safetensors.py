@@ -12,7 +12,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lmcache_core import Tensors, TensorSpec, TensorsToBytes, byte_view, views
+from lmcache_core import Parts, Tensors, TensorSpec, TensorsToBytes, byte_view, cut, views
 
 _DTYPES = {
     "float32": "F32",
@@ -37,11 +37,12 @@ class Safetensors(TensorsToBytes):
         specs = tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())
         return [memoryview(_header(specs)), *byte_view(tensors.values())]
 
-    def decode(self, payload: memoryview, specs: Sequence[TensorSpec]) -> Tensors:
-        header = _header(tuple(specs))
-        if payload[: len(header)] != header:
+    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+        expected = _header(tuple(specs))
+        header, tensors = cut(parts, len(expected))
+        if header != expected:
             raise ValueError("not the safetensors header of these tensors")
-        return views(payload[len(header) :], specs)
+        return views(tensors, specs)
 
 
 @lru_cache(maxsize=64)

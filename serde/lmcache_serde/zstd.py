@@ -9,7 +9,7 @@ from itertools import groupby
 import zstandard
 from pydantic import Field
 
-from lmcache_core import BytesToBytes, Options
+from lmcache_core import BytesToBytes, Options, Parts, joined
 
 BLOCK = 128 << 10
 """The most that a zstd block holds."""
@@ -17,8 +17,9 @@ SMALL = 16 << 10
 """A part of at least this many bytes has blocks of its own; smaller ones share the next part's."""
 GAIN = 0.01
 """Of what is made smaller by less, the time is better spent elsewhere."""
-_STORED = b"\x28\xb5\x2f\xfd\xe0"
-"""Magic number and the flags of a frame that states its content size in eight bytes."""
+_STORED = struct.Struct("<II")
+"""Before what is stored as it is, as a skippable frame begins: magic number, size."""
+_SKIPPABLE = 0x184D2A50
 
 
 class ZstdOptions(Options):
@@ -41,13 +42,14 @@ def _parameters(level: int) -> zstandard.ZstdCompressionParameters:
 class Zstd(BytesToBytes):
     """zstd frames (RFC 8878) that follow each other and state their content sizes.
 
-    At level 1, what looks like noise goes into a frame that stores it as it is, with no copy.
+    At level 1, what looks like noise goes between them as it is, in skippable frames: it is copied
+    neither here nor by decoding, which takes a fifth less time for that.
     """
 
     name = "zstd"
     Options = ZstdOptions
 
-    def encode(self, parts: Sequence[memoryview], context: bytes) -> list[memoryview]:
+    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
         parts = [part for part in parts if part.nbytes] or [memoryview(b"")]
         out: list[memoryview] = []
         for noise, group in groupby(parts, self._is_noise):
@@ -78,47 +80,67 @@ class Zstd(BytesToBytes):
 
     def decode(
         self,
-        payload: memoryview,
+        parts: Parts,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,
-    ) -> memoryview:
-        frames = list(_frames(payload))
-        sizes = [zstandard.frame_content_size(frame) for frame in frames]
+    ) -> list[memoryview]:
+        frames = [(frame, _size(frame)) for frame in _frames(joined(parts))]
+        sizes = [size for _, size in frames]
         if min(sizes) < 0 or sum(sizes) > limit:
             raise ValueError(f"states {sizes} bytes of content; at most {limit} can be")
-        out = allocate(sum(sizes))
+        room = allocate(sum(size for frame, size in frames if not _is_stored(frame)))
         decompressor = zstandard.ZstdDecompressor()  # for all: making one costs 9 us
-        start = 0
-        for frame, size in zip(frames, sizes, strict=True):
-            _decompress(decompressor.stream_reader(frame), out[start : start + size])
-            start += size
+        out: list[memoryview] = []
+        for frame, size in frames:
+            if _is_stored(frame):
+                out.append(frame[_STORED.size :])
+                continue
+            out.append(room[:size])
+            _decompress(decompressor.stream_reader(frame), out[-1])
+            room = room[size:]
         return out
 
 
 def _stored(parts: Sequence[memoryview]) -> list[memoryview]:
-    """A frame of raw blocks, whose header is: last one, type in two bits, size in 21."""
-    out = [memoryview(_STORED + struct.pack("<Q", sum(part.nbytes for part in parts)))]
-    blocks = [part[n : n + BLOCK] for part in parts for n in range(0, part.nbytes, BLOCK)]
-    for left, block in enumerate(reversed(blocks)):
-        out[1:1] = [memoryview(struct.pack("<I", block.nbytes << 3 | (not left))[:3]), block]
-    return out
+    """A skippable frame for each."""
+    heads = [memoryview(_STORED.pack(_SKIPPABLE, part.nbytes)) for part in parts]
+    return [piece for frame in zip(heads, parts, strict=True) for piece in frame]
+
+
+def _is_stored(frame: memoryview) -> bool:
+    return frame[:4] == _SKIPPABLE.to_bytes(4, "little")
+
+
+def _size(frame: memoryview) -> int:
+    """Bytes of a frame's content; -1 where it does not state them."""
+    if _is_stored(frame):
+        return frame.nbytes - _STORED.size
+    return zstandard.frame_content_size(frame)
 
 
 def _frames(payload: memoryview) -> Iterator[memoryview]:
     """Each frame, of which there is at least one."""
     start = 0
     while start < payload.nbytes or not start:
-        place = start + zstandard.frame_header_size(payload[start:])
-        last = False
-        while not last:
-            header = int.from_bytes(payload[place : place + 3], "little")
-            last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-            place += 3 + (1 if kind == 1 else size)  # 1: one byte, many times
-            if place > payload.nbytes:
-                raise ValueError("ends within a block")
-        yield payload[start:place]
-        start = place
+        end = start + _length(payload[start:])
+        if end > payload.nbytes:
+            raise ValueError("ends within a frame")
+        yield payload[start:end]
+        start = end
+
+
+def _length(payload: memoryview) -> int:
+    """Bytes of the frame that `payload` begins with, or more than are there."""
+    if _is_stored(payload):
+        return _STORED.size + int.from_bytes(payload[4 : _STORED.size], "little")
+    place = zstandard.frame_header_size(payload)
+    last = False
+    while not last and place < payload.nbytes:
+        header = int.from_bytes(payload[place : place + 3], "little")
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        place += 3 + (1 if kind == 1 else size)  # 1: one byte, many times
+    return place if last else payload.nbytes + 1
 
 
 def _decompress(reader: zstandard.ZstdDecompressionReader, out: memoryview) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,7 +31,7 @@ def test_bytes_per_token_is_the_sum_over_layers_heads_and_dims() -> None:
 def test_widest_dtypes_lie_first_so_that_all_are_aligned() -> None:
     assert [spec.name for spec in MIXED.tensors(7)] == ["g1.k", "g1.v", "g0.k", "g0.v"]
     buffer = memoryview(bytearray(MIXED.bytes_per_token * 7))
-    for tensor in views(buffer, MIXED.tensors(7)).values():
+    for tensor in views([buffer], MIXED.tensors(7)).values():
         assert tensor.data_ptr() % tensor.element_size() == 0
 
 
@@ -67,12 +69,39 @@ def test_views_and_bytes_are_inverse_and_copy_nothing(tokens: int, dtypes: list[
     layout = KVLayout(groups=tuple(group(layers=(n,), dtype=d) for n, d in enumerate(dtypes)))
     buffer = memoryview(bytearray(range(256)) * (layout.bytes_per_token * tokens // 256 + 1))
     buffer = buffer[: layout.bytes_per_token * tokens]
-    tensors = views(buffer, layout.tensors(tokens))
+    tensors = views([buffer], layout.tensors(tokens))
     layout.check(tensors, tokens)
     (run,) = byte_view(tensors.values())
     assert run == buffer
     buffer[0] ^= 255
     assert run[0] == buffer[0]
+
+
+@given(
+    st.integers(1, 9),
+    st.lists(st.sampled_from(["float32", "bfloat16", "int8"]), min_size=1, max_size=4),
+    st.lists(st.integers(0, 400), max_size=6),
+)
+def test_views_on_parts_copy_no_tensor_that_lies_in_one(
+    tokens: int, dtypes: list[str], cuts: list[int]
+) -> None:
+    layout = KVLayout(groups=tuple(group(layers=(n,), dtype=d) for n, d in enumerate(dtypes)))
+    specs = layout.tensors(tokens)
+    whole = torch.arange(layout.bytes_per_token * tokens).to(torch.uint8)
+    data = whole.numpy().data
+    ends = [0]
+    for spec in specs:
+        ends.append(ends[-1] + spec.nbytes)
+    cuts = sorted(cut % (data.nbytes + 1) for cut in cuts)
+    places = [0, *cuts, data.nbytes]
+    parts = [data[start:end] for start, end in itertools.pairwise(places)]
+    tensors = views(parts, specs)
+    for spec, (start, end) in zip(specs, itertools.pairwise(ends), strict=True):
+        assert torch.equal(tensors[spec.name].view(-1).view(torch.uint8), whole[start:end])
+        assert tensors[spec.name].data_ptr() % tensors[spec.name].element_size() == 0
+    for place in ends[1:-1]:  # cut where tensors end, and nowhere else
+        one, two = (views([data[:place], data[place:]], specs), views([data], specs))
+        assert all(one[spec.name].data_ptr() == two[spec.name].data_ptr() for spec in specs)
 
 
 def test_tensors_apart_in_memory_are_apart_in_bytes() -> None:
@@ -100,8 +129,8 @@ def test_check_says_what_does_not_fit(tensors: dict[str, torch.Tensor], says: st
 
 
 def test_views_of_a_buffer_of_another_size_are_refused() -> None:
-    with pytest.raises(LayoutError, match="the buffer has 7"):
-        views(memoryview(bytearray(7)), [TensorSpec("x", "int8", (8,))])
+    with pytest.raises(LayoutError, match="the parts have 7"):
+        views([memoryview(bytearray(7))], [TensorSpec("x", "int8", (8,))])
 
 
 def test_copy_exact_takes_any_strides_and_nothing_else() -> None:

@@ -38,7 +38,7 @@ def comes_back(tensor: torch.Tensor) -> memoryview:
     for way in WAYS:
         with going(way):
             payloads.append(bytearray().join(serde.encode({"x": tensor})))
-            again = serde.decode(memoryview(payloads[0]), [spec])["x"]
+            again = serde.decode([memoryview(payloads[0])], [spec])["x"]
         assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
     assert payloads[0] == payloads[1]
     return memoryview(payloads[0])
@@ -109,7 +109,7 @@ def test_byteplane_writes_no_exponent_outside_of_its_tensor(way: str, gap: int) 
     assert count > 0
     payload[-5 * count :][:4] = gap.to_bytes(4, "little", signed=True)
     with going(way), pytest.raises((ValueError, IndexError)):
-        BytePlane(BytePlane.Options()).decode(payload, [TensorSpec.of("x", tensor)])
+        BytePlane(BytePlane.Options()).decode([payload], [TensorSpec.of("x", tensor)])
 
 
 def test_byteplane_makes_what_zstd_can_compress() -> None:

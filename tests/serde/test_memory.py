@@ -1,4 +1,4 @@
-"""Encoding and decoding take less than two more chunks of memory, their results included."""
+"""Encoding and decoding take less than two more chunks of memory and a MiB, results included."""
 
 from __future__ import annotations
 
@@ -24,4 +24,5 @@ def test_less_than_two_chunks() -> None:
     )
     found = json.loads(done.stdout)
     assert found["zstd / bfloat16"][1] > 0.9  # it does see memory
-    assert {name: peaks for name, peaks in found.items() if max(peaks) >= 2} == {}
+    mib = 1 / 32  # of a chunk: what slices are worked on in does not grow with it
+    assert {name: peaks for name, peaks in found.items() if max(peaks) >= 2 + mib} == {}
