@@ -170,9 +170,6 @@ def views(parts: Parts, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:
     They keep their parts alive. Raises LayoutError when the parts have another size.
     """
     specs = tuple(specs)
-    needed, there = sum(spec.nbytes for spec in specs), sum(part.nbytes for part in parts)
-    if there != needed:
-        raise LayoutError(f"the tensors take {needed} bytes; the parts have {there}")
     if len(parts) == 1:
         return _views(parts[0], specs)
     tensors: dict[str, torch.Tensor] = {}
@@ -192,16 +189,19 @@ def _runs(
     for spec in specs:
         run.append(spec)
         short += spec.nbytes
-        while short > 0:
-            buffers.append(next(rest))
-            short -= buffers[-1].nbytes
+        while short > 0 and (part := next(rest, None)) is not None:
+            buffers.append(part)
+            short -= part.nbytes
         if short == 0:
             yield joined(buffers), tuple(run)
             buffers, run = [], []
+    yield joined([*buffers, *rest]), tuple(run)  # nothing, where the sizes are the same
 
 
 def _views(buffer: memoryview, specs: tuple[TensorSpec, ...]) -> dict[str, torch.Tensor]:
     needed, plan = _plan(specs)
+    if buffer.nbytes != needed:
+        raise LayoutError(f"the tensors take {needed} bytes; the buffer has {buffer.nbytes}")
     if not needed:
         return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape, *_ in plan}
     # One storage for all, so that `byte_view` knows them as neighbours.

@@ -58,20 +58,36 @@ def _value(code: uint8, base: uint8, noise: uint8) -> uint16:
     return uint16(sign | exponent | uint16(noise & uint8(0x7F)))
 
 
+@_compiled("void(u2[:,:,::1], i8, i8, u1[:,:,::1])")
+def base(values: Array, sample: int, below: int, out: Array) -> None:
+    """Fill `out` with the rounded mean of about `sample` tokens' exponents, less `below`."""
+    rows, tokens, channels = values.shape
+    step = max(1, tokens // sample)
+    count = (tokens + step - 1) // step
+    total = np.empty(channels, uint16)
+    for r in range(rows):
+        total[:] = 0
+        for t in range(0, tokens, step):
+            for c in range(channels):
+                total[c] += uint16(_exponent(values[r, t, c]))
+        for c in range(channels):
+            mean, rest = divmod(int(total[c]), count)
+            up = 2 * rest > count or (2 * rest == count and mean & 1)  # a half: to what is even
+            out[r, 0, c] = uint8(mean + up - below)
+
+
 @_compiled()
-def _split_token(value: Array, base: Array, code: Array, noise: Array, odd: int) -> uint8:
-    """Fill the noise of a token and its half of the codes; returns the highest code."""
-    for c in range(len(value)):
-        noise[c] = _noise(value[c])
-    if odd:
-        for c in range(len(value)):
-            code[c] |= uint8(_code(value[c], base[c]) << uint8(4))
-    else:
-        for c in range(len(value)):
-            code[c] = _code(value[c], base[c])
-    most = uint8(0)
-    for c in range(len(value)):
-        most = max(most, _code(value[c], base[c]))
+def _split_two(
+    values: Array, base: Array, codes: Array, noise: Array, r: int, t: int, two: int
+) -> uint8:
+    """Fill the noise of tokens `t` and `two` and their codes; returns the highest of those. Of an
+    odd number of tokens the last has none beside it: then it is both."""
+    most, beside = uint8(0), uint8(15 * (two > t))
+    for c in range(values.shape[2]):
+        one, other = _code(values[r, t, c], base[r, 0, c]), _code(values[r, two, c], base[r, 0, c])
+        noise[r, t, c], noise[r, two, c] = _noise(values[r, t, c]), _noise(values[r, two, c])
+        codes[r, t >> 1, c] = uint8(one | uint8((other & beside) << uint8(4)))
+        most = max(most, max(one, other))
     return most
 
 
@@ -84,18 +100,19 @@ def split(
     rows, tokens, channels = values.shape
     count = last = 0
     for r in range(rows):
-        low = base[r, 0]
-        for t in range(tokens):
-            value = values[r, t]
-            if _split_token(value, low, codes[r, t >> 1], noise[r, t], t & 1) < 15:
+        for t in range(0, tokens, 2):
+            two = min(t + 1, tokens - 1)
+            if _split_two(values, base, codes, noise, r, t, two) < 15:
                 continue
-            for c in range(channels):
-                if _code(value[c], low[c]) == 15:
-                    if count == len(gaps):
-                        return -1
-                    place = (r * tokens + t) * channels + c
-                    gaps[count], exponents[count] = place - last, _exponent(value[c])
-                    count, last = count + 1, place
+            for place in range(t, two + 1):
+                for c in range(channels):
+                    value = values[r, place, c]
+                    if _code(value, base[r, 0, c]) == 15:
+                        if count == len(gaps):
+                            return -1
+                        here = (r * tokens + place) * channels + c
+                        gaps[count], exponents[count] = here - last, _exponent(value)
+                        count, last = count + 1, here
     return count
 
 
@@ -106,15 +123,12 @@ def merge(
     """Fill `values`; False where a gap leads out of them."""
     rows, tokens, channels = values.shape
     for r in range(rows):
-        low = base[r, 0]
-        for t in range(tokens):
-            code, rest, value = codes[r, t >> 1], noise[r, t], values[r, t]
-            if t & 1:
-                for c in range(channels):
-                    value[c] = _value(code[c] >> uint8(4), low[c], rest[c])
-            else:
-                for c in range(channels):
-                    value[c] = _value(code[c] & uint8(15), low[c], rest[c])
+        for t in range(0, tokens, 2):
+            two = min(t + 1, tokens - 1)
+            for c in range(channels):
+                code, low = codes[r, t >> 1, c], base[r, 0, c]
+                values[r, two, c] = _value(code >> uint8(4), low, noise[r, two, c])
+                values[r, t, c] = _value(code & uint8(15), low, noise[r, t, c])  # last: may be both
     flat, place = values.reshape(-1), 0
     for n in range(len(gaps)):
         place += gaps[n]

@@ -190,10 +190,11 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
 
 def _split_compiled(values: torch.Tensor, pieces: _Pieces, room: int) -> _Pieces | None:
     """Fill the pieces of bfloat16; None where more than `room` exponents have no code."""
-    _base(pieces["base"], (_sample(values).view(torch.int16) >> 7).to(torch.uint8))
+    bits, base = values.view(torch.uint16).numpy(), pieces["base"].numpy()
+    _loops.base(bits, SAMPLE, BELOW, base)
     gaps, rest = (scratch((room,), dtype, _CPU) for dtype in (torch.int32, torch.uint8))
-    out = (pieces["base"], pieces["codes"], pieces["noise"][0], gaps, rest)
-    count = _loops.split(values.view(torch.uint16).numpy(), *(piece.numpy() for piece in out))
+    out = (pieces["codes"], pieces["noise"][0], gaps, rest)
+    count = _loops.split(bits, base, *(piece.numpy() for piece in out))
     return None if count < 0 else pieces | {"gaps": gaps[:count], "values": rest[:count]}
 
 

@@ -129,7 +129,7 @@ def test_check_says_what_does_not_fit(tensors: dict[str, torch.Tensor], says: st
 
 
 def test_views_of_a_buffer_of_another_size_are_refused() -> None:
-    with pytest.raises(LayoutError, match="the parts have 7"):
+    with pytest.raises(LayoutError, match="the buffer has 7"):
         views([memoryview(bytearray(7))], [TensorSpec("x", "int8", (8,))])
 
 
