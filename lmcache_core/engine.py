@@ -137,6 +137,10 @@ class CacheEngine:
             for tier, config in zip(self._tiers, self._config.tiers, strict=False)
         )
 
+    def bypassed(self, tier: int) -> bool:
+        """Whether a tier is not looked into for now: it failed, or loading from it does not pay."""
+        return self._tiers[tier].bypassed or not self.pays.worth(tier)
+
     def _find(
         self, keys: Sequence[ChunkKey], first: int = 0
     ) -> tuple[list[int | None], tuple[str, str]]:

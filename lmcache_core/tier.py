@@ -75,6 +75,11 @@ class Tier:
 
     # Reading
 
+    @property
+    def bypassed(self) -> bool:
+        """Whether the store is not read from for now."""
+        return self._reads.is_open
+
     def contains(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
         """Which of `keys` are here, and "" or the reason why the store could not tell."""
         waiting = self._waiting(keys)

@@ -236,11 +236,17 @@ class Scheduler:
         announced = min(_announced(known.request) // self._unit * self._unit, found.usable)
         now = time.monotonic()
         known.until = known.until or now + ANNOUNCED_SECONDS
-        if found.tokens >= announced or now > known.until:
+        if found.tokens >= announced or now > known.until or self._alone():
             return False
         if now > known.again:
             known.lookup, known.again = None, now + AGAIN_SECONDS
         return True
+
+    def _alone(self) -> bool:
+        """Whether other hosts' KV cannot come for now: all stores beyond memory are bypassed."""
+        engine = self._cache.engine
+        stores = [n for n, tier in enumerate(engine.tiers) if not tier.in_memory]
+        return bool(stores) and all(engine.bypassed(n) for n in stores)
 
     # Loading
 

@@ -434,12 +434,14 @@ def test_a_store_that_hangs_costs_one_deadline_and_comes_back(
         assert cache.lookup(keys).chunks == 0
         assert time.monotonic() - began >= 0.3
         assert missed(cache) == {"deadline": 4}
+        assert cache.bypassed(0)
         before = stalled.calls
         assert cache.lookup(keys).chunks == 0  # bypassed: nothing is asked, nothing waits
         assert missed(cache) == {"deadline": 4, "open": 4}
         assert stalled.calls == before or cache._tiers[0]._reads.is_open
         stalled.off()
         assert eventually(lambda: loaded(cache, keys, is_right) == 4)
+        assert not cache.bypassed(0)
         assert cache.stats()["tier_open", "reads", "disk"] == 1
         assert cache.stats()["tier_closed", "reads", "disk"] == 1
 

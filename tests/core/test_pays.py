@@ -140,6 +140,7 @@ def test_the_engine_does_not_look_where_loading_does_not_pay(
         for _ in range(LOADS):
             cache.pays.loaded(0, 12, 3.0)
         hit, stats = cache.lookup(keys), cache.stats()
+        assert cache.bypassed(0) == (rule != "always")
     if rule == "always":
         assert hit.chunks == 3
         assert ("missed", "slow", "far") not in stats

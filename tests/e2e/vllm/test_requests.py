@@ -254,6 +254,20 @@ def test_what_was_announced_and_never_comes_holds_up_nobody_else(
             core.step()
 
 
+def test_what_was_announced_is_not_waited_for_where_its_store_is_dead(
+    llama: Path, redis: tuple[dict[str, Any], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 600)
+    extra, server = redis
+    params = {"kv_transfer_params": {_vllm_scheduler.ANNOUNCED: 64}}
+    promised = SamplingParams(temperature=0, max_tokens=2, detokenize=False, extra_args=params)
+    with engine(llama, extra) as llm:
+        server.kill()
+        for n in range(3):
+            llm.generate({"prompt_token_ids": prompt(100, n)}, promised, use_tqdm=False)
+        assert connector(llm)._scheduler._alone()
+
+
 def test_drafts_that_run_ahead_of_what_is_known(llama: Path, disk: dict[str, Any]) -> None:
     """Asynchronous scheduling counts drafts as computed before anybody knows what they are."""
     with engine(llama, disk) as llm:
