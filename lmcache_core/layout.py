@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -204,12 +204,7 @@ def _views(buffer: memoryview, specs: tuple[TensorSpec, ...]) -> dict[str, torch
         raise LayoutError(f"the tensors take {needed} bytes; the buffer has {buffer.nbytes}")
     if not needed:
         return {name: torch.empty(shape, dtype=dtype) for name, dtype, shape, *_ in plan}
-    # One storage for all, so that `byte_view` knows them as neighbours.
-    whole = (
-        torch.from_numpy(np.asarray(_Memory(buffer)))
-        if buffer.readonly
-        else torch.frombuffer(buffer, dtype=torch.uint8)
-    )
+    whole = torch.from_numpy(byte_array(buffer))  # one for all: `byte_view` sees neighbours
     place = whole.data_ptr()
     typed: dict[torch.dtype, torch.Tensor] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -240,9 +235,14 @@ def _plan(specs: tuple[TensorSpec, ...]) -> tuple[int, tuple[_Placed, ...]]:
     return offset, tuple(plan)
 
 
+def byte_array(buffer: memoryview) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A buffer as torch and compiled loops take it even where it is read-only (a client library's
+    `bytes`), as a chunk's tensors are by contract."""
+    return np.asarray(_Memory(buffer)) if buffer.readonly else np.frombuffer(buffer, np.uint8)
+
+
 class _Memory:
-    """A buffer as numpy and torch take it even where it is read-only, as a chunk's tensors are
-    by contract (a client library's `bytes`)."""
+    """A read-only buffer that numpy takes for a writable one."""
 
     def __init__(self, buffer: memoryview) -> None:
         interface = np.frombuffer(buffer, np.uint8).__array_interface__

@@ -39,10 +39,10 @@ from lmcache_core import (
     Tensors,
     TensorSpec,
     TensorsToBytes,
+    byte_array,
     byte_view,
     cut,
     scratch,
-    views,
 )
 
 try:
@@ -73,8 +73,11 @@ _MANTISSA = torch.tensor(7, dtype=torch.int16, device=_CPU)
 _BYTE = torch.tensor(8, dtype=torch.int16, device=_CPU)
 _NOISE = torch.tensor(-0x7F81, dtype=torch.int16, device=_CPU)  # sign, upper mantissa: 0x807f
 
+_Array = np.ndarray[Any, np.dtype[Any]]
 _Pieces = dict[str, torch.Tensor]
 """What a tensor is written as, by the names above."""
+_Arrays = dict[str, _Array]
+"""The same, as it is read: making a tensor of memory takes several times as long."""
 
 
 class BytePlaneOptions(Options):
@@ -105,18 +108,24 @@ class BytePlane(TensorsToBytes):
             head, parts = cut(parts, 4 * len(specs))
             counts = np.frombuffer(head, "<i4").tolist()
         shapes = [_shapes(*pair) for pair in zip(specs, counts, strict=True)]
-        order = [
-            TensorSpec(f"{n}.{name}", *shape[name])
-            for names in _SECTIONS
-            for n, shape in enumerate(shapes)
-            for name in names
-            if name in shape
-        ]
-        pieces = views(parts, order)
-        return {
-            spec.name: _merge(spec, {name: pieces[f"{n}.{name}"] for name in shapes[n]})
-            for n, spec in enumerate(specs)
-        }
+        read: list[_Arrays] = [{} for _ in specs]
+        for names in _SECTIONS:
+            for shape, arrays in zip(shapes, read, strict=True):
+                for name in names:
+                    if name in shape:
+                        arrays[name], parts = _take(parts, *shape[name])
+        if any(part.nbytes for part in parts):
+            raise ValueError("goes on beyond its last piece")
+        return {spec.name: _merge(spec, arrays) for spec, arrays in zip(specs, read, strict=True)}
+
+
+def _take(parts: Parts, dtype: str, shape: tuple[int, ...]) -> tuple[_Array, Parts]:
+    """An array that `parts` begin with, and what follows."""
+    piece, rest = cut(parts, math.prod(shape) * np.dtype(dtype).itemsize)
+    array: _Array = byte_array(piece)
+    if dtype != "uint8":  # they may lie at any place
+        array = array.copy().view(dtype)
+    return array.reshape(shape), rest
 
 
 def _width(spec: TensorSpec) -> int:
@@ -272,21 +281,21 @@ def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
     return some[which] * 8 + place
 
 
-def _merge(spec: TensorSpec, pieces: _Pieces) -> torch.Tensor:
+def _merge(spec: TensorSpec, arrays: _Arrays) -> torch.Tensor:
     dtype = getattr(torch, spec.dtype)
-    if "base" not in pieces:
-        return pieces["codes"].view(dtype).view(spec.shape)
+    if "base" not in arrays:
+        return torch.from_numpy(arrays["codes"]).view(dtype).view(spec.shape)
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
-    if _loops and spec.dtype == "bfloat16" and "gaps" in pieces:
-        read = [pieces[name] for name in ("codes", "base", "gaps", "values")]
-        arrays = (*read, pieces["noise"][0], values.view(torch.uint16))
-        if not _loops.merge(*(array.numpy() for array in arrays)):
+    if _loops and spec.dtype == "bfloat16" and "gaps" in arrays:
+        codes, base, gaps, rest = (arrays[name] for name in ("codes", "base", "gaps", "values"))
+        bits = values.view(torch.uint16).numpy()
+        if not _loops.merge(codes, base, gaps, rest, arrays["noise"][0], bits):
             raise ValueError("an exponent beyond the tensor's end")
         return out
-    _merge_slices(values, pieces)
-    if "gaps" in pieces:
-        _put_exponents(out, pieces["gaps"].numpy().cumsum(), pieces["values"].numpy())
+    _merge_slices(values, {name: torch.from_numpy(array) for name, array in arrays.items()})
+    if "gaps" in arrays:
+        _put_exponents(out, arrays["gaps"].cumsum(), arrays["values"])
     return out
 
 

@@ -267,6 +267,7 @@ def test_a_certificate_that_cannot_be_read_is_a_config_error(tmp_path: Path, fil
         S3Backend(options("https://127.0.0.1:1", "x", tls={file: path}))
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_endpoint_that_can_be_none_is_a_config_error() -> None:
     with no_leaks(), pytest.raises(ConfigError, match=r"url: Invalid endpoint: http://a\.\.host"):
         S3Backend(options("http://a..host", "x"))
