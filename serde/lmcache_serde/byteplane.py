@@ -284,7 +284,9 @@ def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
 def _merge(spec: TensorSpec, arrays: _Arrays) -> torch.Tensor:
     dtype = getattr(torch, spec.dtype)
     if "base" not in arrays:
-        return torch.from_numpy(arrays["codes"]).view(dtype).view(spec.shape)
+        codes = arrays["codes"]
+        aligned = codes if codes.ctypes.data % dtype.itemsize == 0 else codes.copy()
+        return torch.from_numpy(aligned).view(dtype).view(spec.shape)
     out = scratch(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
     if _loops and spec.dtype == "bfloat16" and "gaps" in arrays:

@@ -99,6 +99,17 @@ def test_byteplane_keeps_exponents_that_have_no_code(
     assert payload.nbytes <= tensor.nbytes + 4 + 10 * 9
 
 
+def test_what_is_not_split_is_aligned_wherever_it_lies() -> None:
+    tensors = {"x": torch.ones(3, dtype=torch.uint8), "y": torch.arange(5, dtype=torch.int64)}
+    serde, specs = BytePlane(BytePlane.Options()), [TensorSpec.of(n, t) for n, t in tensors.items()]
+    payload = b"".join(serde.encode(tensors))
+    for place in range(8):
+        moved = memoryview(bytearray(place) + payload)[place:]
+        again = serde.decode([moved], specs)["y"]
+        assert torch.equal(again, tensors["y"])
+        assert again.data_ptr() % 8 == 0
+
+
 @pytest.mark.parametrize("gap", [-(1 << 31), 5 * 9 * 9, (1 << 31) - 1])
 @pytest.mark.parametrize("way", WAYS)
 def test_byteplane_writes_no_exponent_outside_of_its_tensor(way: str, gap: int) -> None:
