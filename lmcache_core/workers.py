@@ -30,14 +30,17 @@ class Workers:
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
         self._idle = 0
+        """Threads that no job has been promised to; below 0 jobs that wait for one."""
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on a thread; cancelling the future before it starts prevents it."""
         future: Future[T] = Future()
-        self._jobs.put((future, work))
         with self._lock:
-            if self._idle < self._jobs.qsize() and len(self._threads) < self._limit:
+            if self._idle <= 0 and len(self._threads) < self._limit:
                 self._threads.add(start_thread(self._run, self._name))
+            else:
+                self._idle -= 1
+        self._jobs.put((future, work))
         return future
 
     def call(self, work: Callable[[], T], timeout: float) -> T:
@@ -63,17 +66,13 @@ class Workers:
                 thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
-        while True:
-            with self._lock:
-                self._idle += 1
-            job = self._jobs.get()
-            with self._lock:
-                self._idle -= 1
-            if job is None:
-                break
+        while (job := self._jobs.get()) is not None:
             _do(*job)
             del job  # hold no buffer while idle
+            with self._lock:
+                self._idle += 1
         with self._lock:
+            self._idle -= 1
             self._threads.discard(threading.current_thread())
 
 

@@ -11,6 +11,7 @@ import weakref
 import pytest
 
 from lmcache_core import DeadlineExceeded, Workers
+from tests.servers import PATIENCE
 
 
 def test_results_and_exceptions_come_back() -> None:
@@ -84,3 +85,15 @@ def test_a_hung_call_does_not_hold_the_interpreter() -> None:
         "Workers('t', 1).submit(lambda: time.sleep(60))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+def test_no_job_waits_for_a_busy_thread_while_there_may_be_another() -> None:
+    for _ in range(10):
+        workers, stop = Workers("test", 32), threading.Event()
+        for _ in range(8):
+            workers.call(lambda: None, PATIENCE)
+            for _ in range(2):
+                workers.submit(lambda stop=stop: stop.wait(2 * PATIENCE))
+        workers.call(lambda: None, PATIENCE)
+        stop.set()
+        workers.close()
