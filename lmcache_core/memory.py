@@ -12,7 +12,6 @@ import math
 import mmap
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -31,7 +30,8 @@ class HostBuffers:
 
     def __init__(self, keep: int = POOL_BYTES) -> None:
         self._keep = keep
-        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._free: dict[int, list[mmap.mmap]] = {}
+        """By size; those that came back last are at the end."""
         self._free_bytes = 0
         self._lock = threading.RLock()  # a finalizer may run inside any allocation
 
@@ -59,16 +59,27 @@ class HostBuffers:
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:
-            if not self._free[size]:
+            if not self._free.get(size):
                 return None
             self._free_bytes -= size
             return self._free[size].pop()
 
     def _give(self, size: int, pages: mmap.mmap) -> None:
+        if size > self._keep:
+            return
         with self._lock:
-            if self._free_bytes + size <= self._keep:
-                self._free[size].append(pages)
-                self._free_bytes += size
+            free = self._free.pop(size, [])
+            free.append(pages)
+            self._free[size] = free
+            self._free_bytes += size
+            while self._free_bytes > self._keep:
+                self._forget()
+
+    def _forget(self) -> None:
+        """Give up a buffer of the size that has not come back for longest."""
+        size, free = next((size, free) for size, free in self._free.items() if free)
+        del free[0]
+        self._free_bytes -= size
 
 
 def _round_up(nbytes: int) -> int:

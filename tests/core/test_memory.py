@@ -44,6 +44,26 @@ def test_the_pool_keeps_no_more_than_it_may() -> None:
     assert pool.free_bytes == 2 * MIB
 
 
+def test_a_buffer_that_comes_back_takes_the_place_of_those_nobody_asks_for() -> None:
+    pool = HostBuffers(keep=4 * MIB)
+    burst = [pool.allocate(MIB) for _ in range(8)]
+    del burst
+    buffer = pool.allocate(3 * MIB)
+    where = address(buffer)
+    del buffer
+    assert pool.free_bytes == 4 * MIB
+    assert address(pool.allocate(3 * MIB)) == where
+
+
+def test_a_buffer_larger_than_the_pool_costs_it_nothing() -> None:
+    pool = HostBuffers(keep=4 * MIB)
+    small = pool.allocate(MIB)
+    del small
+    large = pool.allocate(5 * MIB)
+    del large
+    assert pool.free_bytes == MIB
+
+
 def test_a_forked_child_does_not_write_into_its_parents_buffers() -> None:
     buffer = HostBuffers().allocate(4096)
     buffer[0] = 1
