@@ -41,7 +41,10 @@ class Breaker:
                 return
             self.is_open = True
         self._changed("open", cause)
-        start_thread(self._heal, f"{self._name}-probe")
+        try:
+            start_thread(self._heal, f"{self._name}-probe")
+        except RuntimeError as error:  # nothing else would close it again
+            self._shut(f"cannot be probed: {error}")
 
     def close(self) -> None:
         """Open for good: no probes, no news."""
@@ -57,14 +60,13 @@ class Breaker:
                 self._probe()
             except Exception:  # any failure means: not yet
                 continue
-            if self._shut():
-                self._changed("closed", "answers again")
+            self._shut("answers again")
             return
 
-    def _shut(self) -> bool:
+    def _shut(self, cause: str) -> None:
         with self._lock:
             if self._stop.is_set():
-                return False
+                return
             self._failures = 0
             self.is_open = False
-            return True
+        self._changed("closed", cause)

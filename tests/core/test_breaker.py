@@ -38,6 +38,10 @@ def breaker(store: Store) -> Breaker:
     return Breaker("t", store.ping, store.changed)
 
 
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def eventually(condition: Callable[[], bool]) -> bool:
     end = time.monotonic() + 10
     while not condition() and time.monotonic() < end:
@@ -84,6 +88,19 @@ def test_many_failures_at_once_start_one_probe(breaker: Breaker, store: Store) -
         thread.join()
     assert sum(thread.name == "t-probe" for thread in threading.enumerate()) == 1
     assert len(store.news) == 1
+    breaker.close()
+
+
+def test_it_does_not_stay_open_where_no_thread_can_be_had_to_probe(
+    breaker: Breaker, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as system:
+        system.setattr(threading.Thread, "start", no_thread)
+        breaker.failed("late", at_once=True)
+    assert not breaker.is_open
+    assert [state for state, _ in store.news] == ["open", "closed"]
+    breaker.failed("late", at_once=True)
+    assert breaker.is_open
     breaker.close()
 
 
