@@ -31,16 +31,22 @@ class Workers:
         self._threads: set[threading.Thread] = set()
         self._idle = 0
         """Threads that no job has been promised to; below 0 jobs that wait for one."""
+        self._closed = False
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Run `work` on a thread; cancelling the future before it starts prevents it."""
+        """Run `work` on a thread; cancelling the future before it starts prevents it.
+
+        Raises RuntimeError once closed, and where no thread can be had.
+        """
         future: Future[T] = Future()
         with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self._name} are closed")
             if self._idle <= 0 and len(self._threads) < self._limit:
                 self._threads.add(start_thread(self._run, self._name))
             else:
                 self._idle -= 1
-        self._jobs.put((future, work))
+            self._jobs.put((future, work))
         return future
 
     def call(self, work: Callable[[], T], timeout: float) -> T:
@@ -57,6 +63,7 @@ class Workers:
     def close(self, patience: float = 0.5) -> None:
         """Idle threads end now; one that hangs is left behind and ends when its call does."""
         with self._lock:
+            self._closed = True
             threads = list(self._threads)
         for _ in threads:
             self._jobs.put(None)

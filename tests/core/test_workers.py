@@ -66,6 +66,14 @@ def test_a_queued_call_that_was_given_up_never_runs() -> None:
     workers.close()
 
 
+def test_once_closed_they_refuse_what_would_never_run() -> None:
+    workers = Workers("t", 1)
+    workers.call(lambda: None, 5.0)
+    workers.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        workers.submit(lambda: None)
+
+
 def test_an_idle_thread_holds_nothing() -> None:
     class Big:
         pass
