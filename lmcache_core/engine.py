@@ -126,7 +126,8 @@ class CacheEngine:
         """
         where, failed = self._find(keys)
         if failed[1]:
-            self._count_misses(keys, where, failed)
+            nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
+            self._count_misses(nowhere, [None] * len(nowhere), failed)
         return where
 
     @property
@@ -139,6 +140,8 @@ class CacheEngine:
 
     def bypassed(self, tier: int) -> bool:
         """Whether a tier is not looked into for now: it failed, or loading from it does not pay."""
+        if tier >= len(self._tiers):  # in a forked child
+            return True
         return self._tiers[tier].bypassed or not self.pays.worth(tier)
 
     def _find(
@@ -182,8 +185,8 @@ class CacheEngine:
         """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
 
         Ends early where a chunk fails to come; what was yielded is whole. Chunks are shared with
-        the memory tier: copy their tensors, never keep or change them. Chunks found in a slow tier
-        are promoted to the faster ones.
+        the memory tier: copy their tensors, never keep or change them. Chunks found in a store
+        that is not memory are promoted to the tiers above it.
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
@@ -244,8 +247,10 @@ class CacheEngine:
     ) -> None:
         """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
         offer it again to one below that had to drop it."""
+        # Of memory, a chunk is a view: kept, it would hold a slot of a pool that others share.
+        from_memory = self._tiers[source].in_memory
         for number, tier in enumerate(self._tiers):
-            promote = number < source and number not in full
+            promote = number < source and number not in full and not from_memory
             if promote or (number > source and tier.lacks(chunk.key)):
                 reason = tier.store(chunk, keys)
                 if reason:
@@ -329,6 +334,7 @@ class CacheEngine:
     def _abandon(self) -> None:
         """In a forked child: threads, locks and connections are the parent's, so touch none."""
         self._close.detach()
+        self.pays = Pays([False] * len(self._tiers), lambda tier, state, cause: None)
         self._tiers = []
         self._observers = Observers.silent()
 

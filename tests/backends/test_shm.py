@@ -609,6 +609,22 @@ def test_an_engine_gathers_straight_into_the_pages_that_others_load(pool: str) -
         del chunks
 
 
+def test_what_an_engine_has_loaded_may_leave_the_pool(pool: str) -> None:
+    """A private copy above would be none: it would hold the pool's slots for all."""
+    shm = {"backend": "shm", "pool": pool, "capacity": "256KiB"}
+    above = [{"backend": "local_cpu", "capacity": "1MiB"}, shm]
+    with (
+        lmcache_core.open({"tiers": [shm], "chunk_size": 16}) as one,
+        lmcache_core.open({"tiers": above, "chunk_size": 16}) as two,
+    ):
+        namespace = one.namespace(model="m", layout=LAYOUT)
+        for first in range(200):
+            keys = one.keys(namespace, [first, *range(1, 64)])
+            assert one.store(namespace, keys, lambda index, out: None) == 4
+            assert [chunk.index for chunk in two.load(keys)] == [0, 1, 2, 3]
+            assert two.lookup(keys).tiers == (1,) * 4
+
+
 def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
     tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
     with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:

@@ -147,6 +147,19 @@ def test_locate_tells_of_each_chunk_where_it_is(
         assert [tier.in_memory for tier in cache.tiers] == [True, False]
 
 
+def test_what_locate_found_is_not_missed_while_a_tier_is_bypassed(
+    namespace: Namespace, gather: Gather, tmp_path: Path, stalled: Stalls
+) -> None:
+    keys = sequence(namespace, 5)
+    with opened(memory(), disk(tmp_path, deadline="50ms")) as cache:
+        cache.store(namespace, keys[:2], gather)
+        cache.flush()
+        stalled.on("contains")
+        assert cache.locate([keys[4], keys[1], keys[0]]) == [None, 0, 0]
+        assert missed(cache) == {"deadline": 1}
+        stalled.off()
+
+
 def test_write_behind_is_readable_before_it_is_written(
     namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path, stalled: Stalls
 ) -> None:
@@ -601,9 +614,12 @@ def test_a_forked_child_neither_hangs_nor_writes(
     keys = sequence(namespace, 3)
     with opened(memory(), disk(tmp_path)) as cache:
         cache.store(namespace, keys, gather)
-        child = os.fork()
+        with cache.pays._lock:  # as some thread of the parent's may
+            child = os.fork()
         if child == 0:  # the parent's threads and connections are not here
             nothing = cache.lookup(keys).chunks == 0 and cache.store(namespace, keys, gather) == 0
+            nothing = nothing and cache.bypassed(1) and cache.tiers == ()
+            cache.pays.loaded(1, 10, cache.pays.end(cache.pays.begin()))
             cache.close()
             os._exit(0 if nothing else 1)
         assert os.waitpid(child, 0)[1] == 0
