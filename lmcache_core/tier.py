@@ -32,6 +32,8 @@ THREADS = 32
 """Calls that a tier may have under way; a hung one keeps its thread until it returns."""
 ENCODERS = 2
 """Threads that encode the chunks of a batch; others are left to the engine."""
+STREAMS = 256
+"""Threads that read for loads; one whose load is put aside waits for it."""
 READ_AHEAD = 2
 """Chunks that wait in each stream, read but not yet taken by the loading thread."""
 SLOWEST = 16 << 20
@@ -68,6 +70,7 @@ class Tier:
         self._reads = Breaker(f"{self.name} reads", self.ping, self.state_changed("reads"))
         self._writes = Breaker(f"{self.name} writes", self.ping, self.state_changed("writes"))
         self._workers = Workers(f"lmcache-{self.name}", THREADS)
+        self._readers = Workers(f"lmcache-{self.name}-read", STREAMS)
         self._encoders = Workers(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
@@ -154,7 +157,7 @@ class Tier:
         boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
         stop = threading.Event()
         for wanted, box in zip(streams, boxes, strict=True):
-            self._workers.submit(partial(self._pump, wanted, box, stop))
+            self._readers.submit(partial(self._pump, wanted, box, stop))
         patience = self._deadline
         try:
             while boxes:
@@ -198,19 +201,13 @@ class Tier:
         except FrameError as error:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             if error.reason != "unreadable":  # another version or serde of ours may read it
-                self._remove(key)
+                # Worthless: deleted before the chunk is stored anew, and nobody waits for it.
+                self._soon("delete", lambda: self._backend.delete([key], self._deadline))
             self._missed([key], error.reason)
             return Miss(error.reason)
 
     def _missed(self, keys: Sequence[ChunkKey], reason: str) -> None:
         self._observers.tell("missed", tier=self.name, reason=reason, keys=keys)
-
-    def _remove(self, key: ChunkKey) -> None:
-        """Delete a worthless frame, so that the chunk can be stored anew."""
-        try:
-            self._call(lambda: self._backend.delete([key], self._deadline))
-        except Exception as error:
-            self._failed(self._writes, "delete", error)
 
     # Writing
 
@@ -237,11 +234,11 @@ class Tier:
 
         The caller counts what is refused (by `drop`) and what memory has stored at once.
         """
-        if not self.in_memory:
-            return self._writer.add(chunk, keys)
-        if self._writes.is_open:
-            return "open"
         try:
+            if not self.in_memory:
+                return self._writer.add(chunk, keys)
+            if self._writes.is_open:
+                return "open"
             frames = [(chunk.key, frame.encode(chunk, self._chain, seal=False))]
             stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
         except Exception as error:
@@ -257,10 +254,25 @@ class Tier:
 
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """The sequence was used."""
+        self._soon("touch", lambda: self._backend.touch(keys, self._deadline))
+
+    def _soon(self, operation: str, work: Callable[[], None]) -> None:
+        """Tell the store something; memory at once, others after what waits to be written."""
+        tell = partial(self._tell, operation, work)
         if self.in_memory:
-            self._write((), keys)
+            tell()
         else:
-            self._writer.touch(keys)
+            self._writer.call(tell)
+
+    def _tell(self, operation: str, work: Callable[[], None]) -> None:
+        if self._writes.is_open:
+            return
+        try:
+            self._call(work)
+        except Exception as error:
+            self._failed(self._writes, operation, error)
+        else:
+            self._writes.succeeded()
 
     def _write(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
         """Returns how many chunks, from the first, the backend now has."""
@@ -269,10 +281,9 @@ class Tier:
             self._drop(keys, "open")
             return 0
         try:
-            stored = self._put(chunks, chain) if chunks else self._touch(chain)
+            stored = self._put(chunks, chain)
         except Exception as error:
-            operation = "store" if chunks else "touch"
-            self._drop(keys, self._failed(self._writes, operation, error))
+            self._drop(keys, self._failed(self._writes, "store", error))
             return 0
         self._writes.succeeded()
         if stored:
@@ -280,10 +291,6 @@ class Tier:
             self._observers.tell("stored", tier=self.name, keys=keys[:stored], nbytes=nbytes)
         self._drop(keys[stored:], "full")
         return stored
-
-    def _touch(self, chain: Sequence[ChunkKey]) -> int:
-        self._call(lambda: self._backend.touch(chain, self._deadline))
-        return 0
 
     def _put(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
         keys = [chunk.key for chunk in chunks]
@@ -348,6 +355,7 @@ class Tier:
         except Exception as error:
             self._failed(self._writes, "close", error)
         self._workers.close()
+        self._readers.close()
         self._encoders.close()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from lmcache_core.frame import Chunk
@@ -14,8 +16,8 @@ from lmcache_core.threads import start_thread
 BATCH_BYTES = 64 << 20
 """About this much is handed to the store at a time."""
 MAX_HOLES = 65536
-MAX_TOUCHES = 1024
-"""Beyond this many waiting jobs a touch is not worth its place."""
+MAX_CALLS = 1024
+"""Beyond this many waiting jobs another call is not worth its place."""
 
 Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
 """(chunks, their chain) -> how many of them, from the first, the store now has."""
@@ -24,10 +26,14 @@ Drop = Callable[[Sequence[ChunkKey], str], None]
 
 
 class _Job(NamedTuple):
-    """One chunk of a sequence to store, or None to only touch the sequence."""
+    """One chunk of a sequence to store."""
 
-    chunk: Chunk | None
+    chunk: Chunk
     keys: tuple[ChunkKey, ...]
+
+
+_Call = Callable[[], None]
+"""What else the store is to be told."""
 
 
 class WriteBehind:
@@ -44,7 +50,7 @@ class WriteBehind:
         """Chunks known to be missing in the store, the oldest first."""
         self._write, self._drop = write, drop
         self._budget, self._block = budget, block
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[_Job | _Call] = deque()
         self._bytes = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -52,7 +58,8 @@ class WriteBehind:
         self._closed = False
 
     def add(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
-        """Queue a chunk of the sequence `keys`; returns "" or why it was refused."""
+        """Queue a chunk of the sequence `keys`; returns "" or why it was refused. Raises
+        RuntimeError where the thread cannot be had."""
         with self._changed:
             if self._behind_hole(keys[: chunk.index]):
                 return "hole"
@@ -60,18 +67,19 @@ class WriteBehind:
                 self._changed.wait_for(lambda: self._closed or self._fits(chunk.nbytes))
             if self._closed or not self._fits(chunk.nbytes):
                 return "queue"
-            self.holes.pop(chunk.key, None)
             if chunk.key not in self.pending:
+                self._append(_Job(chunk, keys))
                 self.pending[chunk.key] = chunk
                 self._bytes += chunk.nbytes
-                self._append(_Job(chunk, keys))
+            self.holes.pop(chunk.key, None)
         return ""
 
-    def touch(self, keys: tuple[ChunkKey, ...]) -> None:
-        """Tell the store, in time, that the sequence was used."""
-        with self._changed:
-            if not self._closed and len(self._jobs) < MAX_TOUCHES:
-                self._append(_Job(None, keys))
+    def call(self, work: _Call) -> None:
+        """Do something else with the store, after what was taken before; or not at all, where
+        much waits or no thread can be had."""
+        with self._changed, suppress(RuntimeError):
+            if not self._closed and len(self._jobs) < MAX_CALLS:
+                self._append(work)
 
     def missing(self, keys: Sequence[ChunkKey]) -> None:
         """Note chunks that the store will not have."""
@@ -89,42 +97,46 @@ class WriteBehind:
         while len(self.holes) > MAX_HOLES:
             del self.holes[next(iter(self.holes))]
 
-    def _append(self, job: _Job) -> None:
-        self._jobs.append(job)
+    def _append(self, job: _Job | _Call) -> None:
         if self._thread is None:
             self._thread = start_thread(self._run, "lmcache-writer")
+        self._jobs.append(job)
         self._changed.notify_all()
 
     def _run(self) -> None:
-        while (batch := self._take()) is not None:
-            self._store(*batch)
+        while (work := self._take()) is not None:
+            work()
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-            del batch  # hold no chunk while idle
+            del work  # hold no chunk while idle
 
-    def _take(self) -> tuple[list[Chunk], tuple[ChunkKey, ...]] | None:
-        """The next chunks of one sequence, about BATCH_BYTES of them."""
+    def _take(self) -> _Call | None:
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
                 return None
             self._busy = True
             first = self._jobs.popleft()
-            chunks = [] if first.chunk is None else [first.chunk]
-            nbytes = sum(chunk.nbytes for chunk in chunks)
-            while chunks and self._jobs and self._jobs[0].keys is first.keys:
-                following = self._jobs[0].chunk
-                if following is None or nbytes + following.nbytes > BATCH_BYTES:
-                    break
-                self._jobs.popleft()
-                chunks.append(following)
-                nbytes += following.nbytes
-        return chunks, first.keys[: chunks[-1].index + 1] if chunks else first.keys
+            return self._batch(first) if isinstance(first, _Job) else first
+
+    def _batch(self, first: _Job) -> _Call:
+        """Storing this and the next chunks of its sequence, about BATCH_BYTES of them."""
+        chunks, nbytes = [first.chunk], first.chunk.nbytes
+        while self._jobs:
+            job = self._jobs[0]
+            if not isinstance(job, _Job) or job.keys is not first.keys:
+                break
+            if nbytes + job.chunk.nbytes > BATCH_BYTES:
+                break
+            self._jobs.popleft()
+            chunks.append(job.chunk)
+            nbytes += job.chunk.nbytes
+        return partial(self._store, chunks, first.keys[: chunks[-1].index + 1])
 
     def _store(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> None:
         with self._changed:
-            hole = bool(chunks) and self._behind_hole(chain[: chunks[0].index])
+            hole = self._behind_hole(chain[: chunks[0].index])
         stored = 0
         if hole:
             self._drop([chunk.key for chunk in chunks], "hole")
@@ -132,8 +144,8 @@ class WriteBehind:
             stored = self._write(chunks, chain)
         with self._changed:
             for chunk in chunks:
-                del self.pending[chunk.key]
-                self._bytes -= chunk.nbytes
+                if self.pending.pop(chunk.key, None) is not None:  # none is left once closed
+                    self._bytes -= chunk.nbytes
             self._remember([chunk.key for chunk in chunks[stored:]])
 
     def flush(self, timeout: float | None) -> bool:
@@ -146,8 +158,9 @@ class WriteBehind:
         drained = self.flush(timeout)
         with self._changed:
             self._closed = True
-            left = [job.chunk.key for job in self._jobs if job.chunk is not None]
+            left = [job.chunk.key for job in self._jobs if isinstance(job, _Job)]
             self._jobs.clear()
+            self.pending.clear()  # of a store that hangs: who closed it finds nothing
             self._changed.notify_all()
         if left:
             self._drop(left, "deadline")

@@ -19,7 +19,7 @@ import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, frame
+from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, engine, frame
 from lmcache_core.engine import CacheEngine
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
@@ -407,6 +407,24 @@ def test_a_damaged_chunk_is_a_counted_miss_and_is_stored_anew(
         assert loaded(cache, keys, is_right) == (3 if reason == "unreadable" else 5)
 
 
+def test_a_damaged_chunk_is_not_waited_for_where_deleting_hangs(
+    namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path, stalled: Stalls
+) -> None:
+    keys, others = sequence(namespace, 6), sequence(namespace, 6, first=9)
+    with opened(disk(tmp_path, deadline=PATIENCE)) as cache:
+        cache.store(namespace, keys, gather)
+        cache.store(namespace, others, gather)
+    for key in keys[2:]:
+        chunk_file(tmp_path, key).write_bytes(b"broken")
+    with opened(disk(tmp_path, deadline="1s")) as cache:
+        stalled.on("delete")
+        assert loaded(cache, keys, is_right) == 2
+        assert eventually(lambda: cache.stats().get(("tier_open", "writes", "disk")) == 1)
+        assert not cache.bypassed(0)
+        assert loaded(cache, others, is_right) == 6
+        stalled.off()
+
+
 def test_a_damaged_chunk_in_one_tier_comes_from_the_next(
     namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
 ) -> None:
@@ -530,6 +548,50 @@ def test_an_abandoned_load_leaves_nothing_behind(
         assert eventually(lambda: threading.active_count() < 45)
 
 
+def test_loads_that_are_put_aside_keep_no_others_waiting(
+    namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
+) -> None:
+    keys = sequence(namespace, 30)
+    with opened(disk(tmp_path, deadline=PATIENCE)) as cache:
+        cache.store(namespace, keys, gather)
+        cache.flush()
+        aside = [cache.load(keys) for _ in range(40)]
+        for load in aside:
+            assert next(load).index == 0
+        began = time.monotonic()
+        assert loaded(cache, keys, is_right) == 30
+        assert time.monotonic() - began < PATIENCE
+        for load in aside:
+            assert sum(1 for _ in load) == 29
+
+
+# A process that is short of threads
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as system:
+        system.setattr(threading.Thread, "start", start)
+        yield
+
+
+def test_where_no_thread_can_be_had_nothing_is_found_or_taken(
+    namespace: Namespace, gather: Gather, tmp_path: Path, no_threads: None
+) -> None:
+    keys = sequence(namespace, 3)
+    with opened(disk(tmp_path)) as cache:
+        for _ in range(5):
+            assert cache.lookup(keys).chunks == 0
+            assert cache.store(namespace, keys, gather) == 0
+            assert cache.flush(5)
+        assert missed(cache) == {"error": 15}
+        assert dropped(cache) == {"error": 15}
+        assert not cache.bypassed(0)  # nothing could find out that it works again
+
+
 # Life and death
 
 
@@ -544,6 +606,25 @@ def test_a_closed_engine_finds_and_stores_nothing(
     assert cache.lookup(keys).chunks == 0
     assert list(cache.load(keys)) == []
     assert cache.store(namespace, sequence(namespace, 3, first=8), gather) == 0
+
+
+def test_a_closed_engine_does_not_find_what_a_hung_store_never_took(
+    namespace: Namespace,
+    gather: Gather,
+    tmp_path: Path,
+    stalled: Stalls,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "DRAIN_SECONDS", 0.2)
+    keys = sequence(namespace, 3)
+    cache = opened(disk(tmp_path, deadline=PATIENCE))
+    stalled.on("put")
+    cache.store(namespace, keys, gather)
+    assert cache.lookup(keys).chunks == 3
+    cache.close()
+    assert cache.lookup(keys).chunks == 0
+    assert list(cache.load(keys)) == []
+    stalled.off()
 
 
 def test_an_engine_that_nobody_closes_keeps_its_promise(
