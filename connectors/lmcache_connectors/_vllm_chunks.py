@@ -122,7 +122,8 @@ class Report(KVConnectorWorkerMetadata):
     weights: int = 0
     """How often its weights have changed."""
     loads: list[tuple[int, int, float]] = field(default_factory=list)
-    """Loads that ended: their slowest tier, the tokens that came, seconds."""
+    """Loads that ended, told by the first rank for all: their slowest tier, the tokens that came,
+    seconds."""
     off: bool = False
     """It moves nothing."""
 

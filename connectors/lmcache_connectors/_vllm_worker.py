@@ -103,16 +103,21 @@ class Worker:
         """Returns the blocks that did not come."""
         began, pays = time.perf_counter(), self._cache.engine.pays
         begun = pays.begin()
-        missing: set[int] = set()
-        for number in range(len(self._groups)):
-            missing.update(self._load_group(number, chunks, stale))
-        came = 0 if missing else chunks.end - chunks.begin
-        self._ended.append((self._slowest(chunks), came, pays.end(begun)))
+        missing = [self._load_group(n, chunks, stale) for n in range(len(self._groups))]
+        seconds = pays.end(begun)
+        if self._rank == 0 and not stale:  # one load, however many ranks; none that read nothing
+            self._ended.append((self._slowest(chunks), self._came(chunks, missing), seconds))
         self._cache.count("loads", 1)
         self._cache.count("load_seconds", time.perf_counter() - began)
-        if missing:
+        if any(missing):
             self._cache.count("failed_loads", 1)
-        return missing
+        return {block for blocks in missing for block in blocks}
+
+    def _came(self, chunks: Chunks, missing: Sequence[Sequence[int]]) -> int:
+        """Tokens that vLLM need not compute, where these blocks of each group did not come."""
+        if len(missing) > 1 and any(missing):  # it takes no part of what lies in several groups
+            return 0
+        return chunks.end - chunks.begin - len(missing[0]) * self._groups[0].block
 
     def _slowest(self, chunks: Chunks) -> int:
         """The number of the slowest tier that a load needs."""

@@ -102,9 +102,12 @@ def test_a_load_ordered_before_the_weights_changed_does_not_happen(
         cold = answers(llm, ids)[0][0]
         forget(llm)
         llm.collective_rpc("reload_weights")
+        cache, told = connector(llm)._scheduler._cache.engine, []
+        cache.pays.loaded = lambda *load: told.append(load)
         ((tokens, _),) = answers(llm, ids)
         assert tokens == cold
-        assert ("loaded", "disk") not in connector(llm)._scheduler._cache.engine.stats()
+        assert ("loaded", "disk") not in cache.stats()
+        assert not told  # nothing was read that could have paid
 
 
 def test_sleep_and_pause_reset_the_cache(llama: Path, disk: dict[str, Any]) -> None:

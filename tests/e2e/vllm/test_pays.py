@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,28 @@ def test_a_store_slower_than_computing_is_bypassed_and_comes_back(
         while not connector(llm)._scheduler._cache.engine.pays.worth(0):
             time.sleep(0.1)
         assert answers(llm, later) == [(cold[-1][0], REUSED)]
+
+
+def test_what_came_before_a_block_that_did_not_is_booked(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    told: list[tuple[int, int, float]] = []
+    with engine(llama, disk) as llm:
+        cold = answers(llm, prompt(400))[0][0]
+        forget(llm)
+        cache = connector(llm)._scheduler._cache.engine
+        cache.pays.loaded = lambda *load: told.append(load)
+        get = DiskBackend.get
+
+        def all_but_the_last(self: DiskBackend, *arguments: Any) -> Iterator[Any]:
+            return itertools.islice(get(self, *arguments), 2)
+
+        with pytest.MonkeyPatch.context() as store:
+            store.setattr(DiskBackend, "get", all_but_the_last)
+            assert answers(llm, prompt(400))[0][0] == cold
+    ((tier, tokens, _),) = told
+    assert (tier, tokens % BLOCK) == (0, 0)
+    assert 0 < tokens < REUSED
 
 
 def test_vllm_tells_what_computing_and_loading_took(llama: Path, disk: dict[str, Any]) -> None:

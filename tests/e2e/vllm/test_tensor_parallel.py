@@ -29,15 +29,30 @@ def cores(worker):
     return {each.name: sorted(os.sched_getaffinity(each.native_id))
             for each in threading.enumerate()}
 
+def watch(worker):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    moving = get_kv_transfer_group()._worker
+    report, moving.told = moving.report, []
+    def tell(step):
+        said = report(step)
+        moving.told.extend(said.loads)
+        return said
+    moving.report = tell
+
+def loads(worker):
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    return [tokens for tier, tokens, seconds in get_kv_transfer_group()._worker.told]
+
 settings, prompt = json.loads(sys.argv[1])
 llm = LLM(**settings)
 sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
+llm.collective_rpc(watch)
 answers = []
 for _ in range(2):
     out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
     answers.append([out.num_cached_tokens, list(out.outputs[0].token_ids)])
     assert llm.reset_prefix_cache()
-print("said:", json.dumps([answers, llm.collective_rpc(cores)]))
+print("said:", json.dumps([answers, llm.collective_rpc(cores), llm.collective_rpc(loads)]))
 """
 IDS = prompt(400)
 REUSED = 399 // BLOCK * BLOCK
@@ -78,7 +93,7 @@ def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
     )
 
     asked = json.dumps([settings, IDS])
-    said_all, threads = said(run(tmp_path, SCRIPT, asked, env=env))
+    said_all, threads, booked = said(run(tmp_path, SCRIPT, asked, env=env))
     for core, rank in zip(cores, threads, strict=True):
         assert rank["MainThread"] == [core]  # computes there; what is ours runs beside it
         ours = [where for thread, where in rank.items() if thread.startswith("lmcache-")]
@@ -87,6 +102,7 @@ def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
     (cold, tokens), (reused, again) = said_all
     assert (cold, reused) == (0, REUSED)
     assert again == tokens
+    assert booked == [[REUSED], []]  # one load, which both took part in
     assert sorted(chunks(pool).values()) == [400 // BLOCK] * 2  # of each rank
     with engine(llama, extra) as llm:  # one rank, with all heads
         assert answers(llm, IDS) == [(tokens, 0)]
