@@ -14,6 +14,7 @@ import mmap
 import multiprocessing
 import os
 import random
+import resource
 import secrets
 import signal
 import subprocess
@@ -283,6 +284,24 @@ def test_a_view_shows_the_shared_pages_themselves(backend: ShmBackend, pool: str
         os.pwrite(file.fileno(), b"!", raw.at("data", raw.number("start", slot)))
     assert view[:1] == b"!"
     assert view.readonly
+
+
+def test_pages_are_mapped_before_a_load_touches_them(pool: str) -> None:
+    one, two = opener(pool)(), opener(pool)()
+    put(one, 1, 8 * MIB)
+    assert get(two, 2) is None  # its first load
+    end = time.monotonic() + 30
+    while any(thread.name == "lmcache-shm-map" for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    pages = np.asarray(get(two, 1))[::PAGE]
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    assert pages.any()
+    assert pages.sum() > 0
+    assert resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before < 16  # 128 at 64 KiB each
+    del pages
+    one.close()
+    two.close()
 
 
 def test_what_a_reader_holds_is_not_overwritten(pool: str) -> None:
