@@ -8,7 +8,7 @@ its end, so a short chunk and the long one that replaces it are different chunks
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -53,6 +53,13 @@ class Group:
         """The first token whose block is still needed by what follows `tokens` tokens."""
         left = max(0, tokens - self.window + 1) if self.window else 0
         return left - left % self.block
+
+
+def all_or_nothing(groups: Sequence[Group]) -> bool:
+    """Whether a load is of use only if all of it comes. Where a block is missing, vLLM computes on
+    from there if there is one group, whose blocks are all there up to the missing one: those that
+    a window has left are not."""
+    return len(groups) > 1 or groups[0].window is not None
 
 
 def chunk_ends(begin: int, end: int, chunk: int) -> list[int]:

@@ -27,7 +27,13 @@ from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lmcache_connectors import _vllm_cache
-from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, chunk_ends
+from lmcache_connectors._vllm_chunks import (
+    Chunks,
+    Metadata,
+    Report,
+    all_or_nothing,
+    chunk_ends,
+)
 from lmcache_connectors._vllm_identity import Adapters
 from lmcache_core import LOG, TierInfo, Workers
 
@@ -117,7 +123,7 @@ class Scheduler:
         self._in_order = (
             not config.scheduler_config.async_scheduling
             and parallel.world_size == 1
-            and len(kv.kv_cache_groups) == 1
+            and not all_or_nothing(self._ranks[0])
         )
         self._worker_heard = False
         self.blocks: KVCacheManager | None = None

@@ -19,7 +19,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lmcache_connectors import _vllm_cache, _vllm_weights
-from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report
+from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, all_or_nothing
 from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors._vllm_packing import Packing, layer_write, prove
 from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream, run_threads_on
@@ -52,6 +52,8 @@ class Worker:
         self._memory: list[GroupMemory] = []
         self._loads: dict[str, Future[set[int]]] = {}
         self._failed_blocks: set[int] = set()
+        self._whole = False
+        """Whether a load is of use only if all of it comes."""
         self._spoilt = False
         """Whether this step computes on blocks that did not come."""
         self._ended: list[tuple[int, int, float]] = []
@@ -77,6 +79,7 @@ class Worker:
             if group.packing and layout.value_dim:
                 self._prove_packing(group.packing, spec.layer_names[0], mine[0])
             self._memory.append(memory)
+        self._whole = all_or_nothing(self._groups)
 
     def _prove_packing(self, packing: Packing, name: str, memory: torch.Tensor) -> None:
         """See that the layer itself writes keys and values so. Raises ConfigError."""
@@ -115,7 +118,7 @@ class Worker:
 
     def _came(self, chunks: Chunks, missing: Sequence[Sequence[int]]) -> int:
         """Tokens that vLLM need not compute, where these blocks of each group did not come."""
-        if len(missing) > 1 and any(missing):  # it takes no part of what lies in several groups
+        if self._whole and any(missing):
             return 0
         return chunks.end - chunks.begin - len(missing[0]) * self._groups[0].block
 
@@ -151,7 +154,7 @@ class Worker:
         failed: set[str] = set()
         for name in ended:
             missing = self._loads.pop(name).result()
-            if missing and len(self._groups) > 1:  # vLLM takes no blocks of several groups
+            if missing and self._whole:
                 failed.add(name)
             elif missing:
                 self._failed_blocks |= missing

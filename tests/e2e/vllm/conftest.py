@@ -90,6 +90,19 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved(config, tmp_path_factory.mktemp("gemma"))
 
 
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sliding layers only, all in one KV cache group."""
+    from transformers import MistralConfig
+
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, vocab_size=512, max_position_embeddings=2048,
+        sliding_window=128,
+    )  # fmt: skip
+    return saved(config, tmp_path_factory.mktemp("mistral"))
+
+
 def saved(config: Any, folder: Path, seed: int = 0) -> Path:
     """A model of random weights."""
     import torch

@@ -262,8 +262,10 @@ def test_what_is_in_memory_is_loaded_at_once_where_nobody_else_waits(
 
 
 @pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
-    llama: Path,
+    model: Path,
+    name: str,
     memory: dict[str, Any],
     at_once: list[bool],
     monkeypatch: pytest.MonkeyPatch,
@@ -278,9 +280,9 @@ def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
         self._cache.engine._tiers[0]._backend.delete(_chain(self)[kept:], 1.0)
         allocated(self, *arguments)
 
-    with engine(llama) as llm:
+    with engine(model) as llm:
         cold, own = answers(llm, ids)[0][0], answers(llm, ids)
-    with engine(llama, memory) as llm:
+    with engine(model, memory) as llm:
         answers(llm, ids[:200])
         forget(llm)
         with monkeypatch.context() as patch:
@@ -288,7 +290,7 @@ def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
             assert answers(llm, ids)[0][0] == cold
         forget(llm)
         assert answers(llm, ids) == own
-        assert at_once == [True, True]
+        assert at_once == [name == "llama"] * 2  # vLLM cannot go on from the midst of a window
 
 
 @pytest.mark.parametrize("when", ["then", "while it computed"])
@@ -390,7 +392,7 @@ def test_a_reset_of_the_connector_forgets_what_was_stored(
 # Faults
 
 
-@MODELS
+@pytest.mark.parametrize("name", ["llama", "gemma", "mistral"])
 def test_damaged_frames_change_time_and_never_tokens(
     model: Path, disk: dict[str, Any], tmp_path: Path
 ) -> None:

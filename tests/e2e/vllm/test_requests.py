@@ -36,7 +36,7 @@ from tests.servers import Server
 __all__ = ["redis"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "mistral"])
 def test_nothing_is_stored_on_top_of_what_did_not_come(
     name: str, request: pytest.FixtureRequest, disk: dict[str, Any], tmp_path: Path
 ) -> None:
