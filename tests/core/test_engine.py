@@ -180,17 +180,19 @@ def test_a_chunk_that_is_written_while_a_lookup_runs_is_found(
         keys = sequence(namespace, 4)
         stalled.on("put")
         cache.store(namespace, keys[:2], gather)
-        real = DiskBackend.contains
+        real, written = DiskBackend.contains, threading.Event()
 
         def contains(self: DiskBackend, asked: Sequence[ChunkKey], timeout: float) -> list[bool]:
-            answer = real(self, asked, timeout)
             if list(asked) == keys[2:]:
                 stalled.off()
-                assert cache.flush(10)
-            return answer
+                if cache.flush(10):
+                    written.set()
+            return real(self, asked, timeout)
 
         monkeypatch.setattr(DiskBackend, "contains", contains)
         assert cache.lookup(keys).chunks == 2
+        assert written.is_set()
+        assert not dropped(cache)
 
 
 def test_scheduler_and_worker_are_different_processes(
