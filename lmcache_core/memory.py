@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -30,10 +32,16 @@ class HostBuffers:
 
     def __init__(self, keep: int = POOL_BYTES) -> None:
         self._keep = keep
+        self._empty()
+
+    def _empty(self) -> None:
+        """Begin anew; in a forked child, whose parent's threads may have been anywhere in here."""
         self._free: dict[int, list[mmap.mmap]] = {}
         """By size; those that came back last are at the end."""
         self._free_bytes = 0
-        self._lock = threading.RLock()  # a finalizer may run inside any allocation
+        self._ended: deque[tuple[int, mmap.mmap]] = deque()
+        """Came back, and not yet looked at: a finalizer may run inside any allocation."""
+        self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
         """A buffer of `nbytes` bytes, contents undefined, owned by its views.
@@ -59,27 +67,42 @@ class HostBuffers:
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:
-            if not self._free.get(size):
+            over = self._settle()  # noqa: F841: dies behind the lock
+            free = self._free.get(size)
+            if not free:
                 return None
             self._free_bytes -= size
-            return self._free[size].pop()
+            return free.pop()
 
     def _give(self, size: int, pages: mmap.mmap) -> None:
         if size > self._keep:
             return
-        with self._lock:
-            free = self._free.pop(size, [])
+        self._ended.append((size, pages))
+        while self._ended and self._lock.acquire(blocking=False):
+            try:
+                over = self._settle()
+            finally:
+                self._lock.release()
+            del over
+
+    def _settle(self) -> list[mmap.mmap]:
+        """Take in what came back. Returns what there is no room for, of the sizes that have not
+        come back for longest: to be unmapped without the lock."""
+        while self._ended:
+            size, pages = self._ended.popleft()
+            free = self._free.pop(size, None) or []
             free.append(pages)
             self._free[size] = free
             self._free_bytes += size
-            while self._free_bytes > self._keep:
-                self._forget()
-
-    def _forget(self) -> None:
-        """Give up a buffer of the size that has not come back for longest."""
-        size, free = next((size, free) for size, free in self._free.items() if free)
-        del free[0]
-        self._free_bytes -= size
+        over: list[mmap.mmap] = []
+        while self._free_bytes > self._keep:
+            size = next(iter(self._free))
+            if self._free[size]:
+                over.append(self._free[size].pop(0))
+                self._free_bytes -= size
+            else:
+                del self._free[size]
+        return over
 
 
 def _round_up(nbytes: int) -> int:
@@ -95,6 +118,7 @@ def _map(size: int) -> mmap.mmap:
 
 HOST = HostBuffers()
 """The process's pool."""
+os.register_at_fork(after_in_child=HOST._empty)
 
 
 def pin(pages: np.ndarray) -> None:

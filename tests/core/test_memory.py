@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import random
+import signal
+import sys
+import threading
+from typing import Any
 
 import numpy as np
 import torch
 
-from lmcache_core.memory import HostBuffers
+from lmcache_core.memory import HOST, HostBuffers
 
 MIB = 1 << 20
 
@@ -62,6 +68,50 @@ def test_a_buffer_larger_than_the_pool_costs_it_nothing() -> None:
     large = pool.allocate(5 * MIB)
     del large
     assert pool.free_bytes == MIB
+
+
+def test_buffers_may_die_inside_the_pool_itself() -> None:
+    """The collector runs wherever something is allocated."""
+    pool, lost, chance = HostBuffers(keep=64 * 4096), [], random.Random(1)
+    unraisable, sys.unraisablehook = sys.unraisablehook, lost.append
+    threshold = gc.get_threshold()
+    try:
+        for _ in range(6000):
+            gc.set_threshold(chance.randint(1, 60))
+            for _ in range(chance.randint(0, 3)):
+                cycle: list[Any] = [pool.allocate(4096 * chance.randint(1, 40))]
+                cycle.append(cycle)
+            pool.allocate(4096 * chance.randint(1, 40))
+    finally:
+        gc.set_threshold(*threshold)
+        del cycle
+        gc.collect()
+        sys.unraisablehook = unraisable
+    assert not lost
+    assert pool.free_bytes <= 64 * 4096
+    assert sum(size * len(free) for size, free in pool._free.items()) == pool.free_bytes
+
+
+def test_a_child_that_is_forked_while_the_pool_is_in_use_has_one_of_its_own() -> None:
+    buffer, held, go = HOST.allocate(MIB), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with HOST._lock:
+            held.set()
+            go.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait(30)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        del buffer
+        HOST.allocate(MIB)[:] = bytes(MIB)
+        os._exit(0)
+    go.set()
+    holder.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_forked_child_does_not_write_into_its_parents_buffers() -> None:
