@@ -201,7 +201,10 @@ class Servers:
                 return
             self._resting.add(address)
         log.warning("memcached %s is left out: %s", address, error)
-        self._probes.submit(lambda: self._until_it_works(address))
+        try:
+            self._probes.submit(lambda: self._until_it_works(address))
+        except RuntimeError:  # no thread can be had, and nothing else would find out
+            self._works(address)
 
     def _until_it_works(self, address: Address) -> None:
         wait = REST_SECONDS / 8

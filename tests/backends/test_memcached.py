@@ -369,6 +369,25 @@ def test_a_server_that_is_lost_loses_its_share_and_comes_back(
     backend.close()
 
 
+def test_a_server_that_nobody_can_probe_is_not_left_out(
+    three: list[tuple[int, Server]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    backend = opener(*(port for port, _ in three))()
+    put(backend, *range(60))
+    _, server = three[0]
+    server.kill()
+    with monkeypatch.context() as system:
+        system.setattr(threading.Thread, "start", start)
+        assert not all(here(backend, *range(60), timeout=SHORT))
+    assert not backend._servers._resting
+    server.start()
+    eventually(lambda: put(backend, *range(60)) == 60)
+    backend.close()
+
+
 def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
     backend = opener(*(port for port, _ in three))()
     for _, server in three:
