@@ -104,6 +104,8 @@ class Segment:
             self.close()
             raise
         fcntl.flock(self._fd, fcntl.LOCK_UN)
+        with contextlib.suppress(RuntimeError):  # no thread can be had
+            start_thread(partial(self._map_ahead, self.whole), "lmcache-shm-map")
 
     def _map(self) -> None:
         size = os.fstat(self._fd).st_size
@@ -122,15 +124,12 @@ class Segment:
             self.at[name] = offset
             offset += _padded(column.nbytes)
 
-    def map_ahead(self) -> None:
+    def _map_ahead(self, whole: np.ndarray) -> None:
         """Map all pages into this process, beside what it does.
 
         A page that is mapped only when it is touched costs a load a third of its time. Where the
         kernel cannot map ahead, that stays so.
         """
-        start_thread(partial(self._populate, self.whole), "lmcache-shm-map")
-
-    def _populate(self, whole: np.ndarray) -> None:
         begin, end = whole.ctypes.data, whole.ctypes.data + whole.nbytes
         for at in range(begin, end, STEP):
             if self._fd < 0 or _LIBC.madvise(at, min(STEP, end - at), _POPULATE_READ):

@@ -245,7 +245,6 @@ class _Pool:
         self._aged: deque[tuple[int, int]] = deque()
         """The slots that were the oldest when last sorted, and their last use then. Of those that
         were not used since, the first is the oldest still, so not every eviction has to sort."""
-        self._mapped = False
         self.closed = False
         try:
             with self._changing(_OPEN_SECONDS):
@@ -392,15 +391,8 @@ class _Pool:
 
     # Reading
 
-    def _map(self) -> None:
-        """At the first load or store: whoever only looks up needs no page of `data`."""
-        if not self._mapped:
-            self._mapped = True
-            self._segment.map_ahead()
-
     def lease(self, keys: Sequence[ChunkKey], timeout: float) -> deque[tuple[int, memoryview]]:
         """(index into keys, frame) of those that are there, to be read for as long as one likes."""
-        self._map()
         segment = self._segment
         with self._locked(timeout):
             slots = self._find(keys)
@@ -457,7 +449,6 @@ class _Pool:
     ) -> tuple[int, memoryview] | None:
         """A slot and its writable pages, for as long as the view lives or until it is published;
         None where there is no room. `head` bytes before the view are the slot's too."""
-        self._map()
         pages = max(1, -(-(head + nbytes) // PAGE))
         if pages > self._words[Word.PAGES]:
             return None
