@@ -127,7 +127,9 @@ class CacheEngine:
         where, failed = self._find(keys)
         if failed[1]:
             nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
-            self._count_misses(nowhere, [None] * len(nowhere), failed)
+            name, reason = failed
+            if nowhere:
+                self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
         return where
 
     @property

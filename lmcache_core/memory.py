@@ -67,12 +67,13 @@ class HostBuffers:
 
     def _take(self, size: int) -> mmap.mmap | None:
         with self._lock:
-            over = self._settle()  # noqa: F841: dies behind the lock
+            over = self._settle()
             free = self._free.get(size)
-            if not free:
-                return None
-            self._free_bytes -= size
-            return free.pop()
+            pages = free.pop() if free else None
+            if pages is not None:
+                self._free_bytes -= size
+        del over
+        return pages
 
     def _give(self, size: int, pages: mmap.mmap) -> None:
         if size > self._keep:

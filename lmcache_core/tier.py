@@ -156,10 +156,10 @@ class Tier:
         """What a thread for each stream reads ahead, in turn. They may hang; this does not."""
         boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
         stop = threading.Event()
-        for wanted, box in zip(streams, boxes, strict=True):
-            self._readers.submit(partial(self._pump, wanted, box, stop))
         patience = self._deadline
         try:
+            for wanted, box in zip(streams, boxes, strict=True):
+                self._readers.submit(partial(self._pump, wanted, box, stop))
             while boxes:
                 box = boxes.pop(0)
                 began = time.monotonic()
@@ -201,7 +201,7 @@ class Tier:
         except FrameError as error:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             if error.reason != "unreadable":  # another version or serde of ours may read it
-                # Worthless: deleted before the chunk is stored anew, and nobody waits for it.
+                # Worthless, and in the way of the chunk when it is stored anew.
                 self._soon("delete", lambda: self._backend.delete([key], self._deadline))
             self._missed([key], error.reason)
             return Miss(error.reason)
@@ -254,10 +254,12 @@ class Tier:
 
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """The sequence was used."""
-        self._soon("touch", lambda: self._backend.touch(keys, self._deadline))
+        if not self._writer.behind:
+            self._soon("touch", lambda: self._backend.touch(keys, self._deadline))
 
     def _soon(self, operation: str, work: Callable[[], None]) -> None:
-        """Tell the store something; memory at once, others after what waits to be written."""
+        """Tell the store something; memory at once, others after what waits to be written, unless
+        they are bypassed then."""
         tell = partial(self._tell, operation, work)
         if self.in_memory:
             tell()

@@ -36,18 +36,26 @@ class Workers:
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on a thread; cancelling the future before it starts prevents it.
 
-        Raises RuntimeError once closed, and where no thread can be had.
+        Raises RuntimeError once closed, and where not one thread can be had.
         """
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
-                raise RuntimeError(f"{self._name} are closed")
-            if self._idle <= 0 and len(self._threads) < self._limit:
-                self._threads.add(start_thread(self._run, self._name))
-            else:
+                raise RuntimeError(f"{self._name}: closed")
+            wanted = self._idle <= 0 and len(self._threads) < self._limit
+            if not (wanted and self._start()):
                 self._idle -= 1
             self._jobs.put((future, work))
         return future
+
+    def _start(self) -> bool:
+        try:
+            self._threads.add(start_thread(self._run, self._name))
+        except RuntimeError:
+            if not self._threads:
+                raise
+            return False
+        return True
 
     def call(self, work: Callable[[], T], timeout: float) -> T:
         """What `work` returns or raises; DeadlineExceeded where it takes longer than `timeout`."""

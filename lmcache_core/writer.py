@@ -16,8 +16,8 @@ from lmcache_core.threads import start_thread
 BATCH_BYTES = 64 << 20
 """About this much is handed to the store at a time."""
 MAX_HOLES = 65536
-MAX_CALLS = 1024
-"""Beyond this many waiting jobs another call is not worth its place."""
+MAX_TOUCHES = 1024
+"""Beyond this many waiting jobs a touch is not worth its place."""
 
 Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
 """(chunks, their chain) -> how many of them, from the first, the store now has."""
@@ -75,11 +75,16 @@ class WriteBehind:
         return ""
 
     def call(self, work: _Call) -> None:
-        """Do something else with the store, after what was taken before; or not at all, where
-        much waits or no thread can be had."""
+        """Do something else with the store, after what was taken before; or not at all, where no
+        thread can be had."""
         with self._changed, suppress(RuntimeError):
-            if not self._closed and len(self._jobs) < MAX_CALLS:
+            if not self._closed:
                 self._append(work)
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits that a touch is not worth its place."""
+        return len(self._jobs) >= MAX_TOUCHES
 
     def missing(self, keys: Sequence[ChunkKey]) -> None:
         """Note chunks that the store will not have."""
@@ -160,7 +165,7 @@ class WriteBehind:
             self._closed = True
             left = [job.chunk.key for job in self._jobs if isinstance(job, _Job)]
             self._jobs.clear()
-            self.pending.clear()  # of a store that hangs: who closed it finds nothing
+            self.pending.clear()  # even what a hung store holds: nothing is found here any more
             self._changed.notify_all()
         if left:
             self._drop(left, "deadline")

@@ -19,7 +19,7 @@ import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, engine, frame
+from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, Workers, engine, frame
 from lmcache_core.engine import CacheEngine
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
@@ -418,7 +418,7 @@ def test_a_damaged_chunk_is_not_waited_for_where_deleting_hangs(
         cache.store(namespace, others, gather)
     for key in keys[2:]:
         chunk_file(tmp_path, key).write_bytes(b"broken")
-    with opened(disk(tmp_path, deadline="1s")) as cache:
+    with opened(disk(tmp_path, deadline="3s")) as cache:
         stalled.on("delete")
         assert loaded(cache, keys, is_right) == 2
         assert eventually(lambda: cache.stats().get(("tier_open", "writes", "disk")) == 1)
@@ -547,7 +547,8 @@ def test_an_abandoned_load_leaves_nothing_behind(
         cache.flush()
         for _ in range(50):
             next(cache.load(keys))
-        assert eventually(lambda: threading.active_count() < 45)
+        readers = cache._tiers[0]._readers
+        assert eventually(lambda: readers._idle == len(readers._threads))
 
 
 def test_loads_that_are_put_aside_keep_no_others_waiting(
@@ -592,6 +593,27 @@ def test_where_no_thread_can_be_had_nothing_is_found_or_taken(
         assert missed(cache) == {"error": 15}
         assert dropped(cache) == {"error": 15}
         assert not cache.bypassed(0)  # nothing could find out that it works again
+
+
+def test_a_load_that_gets_fewer_threads_than_it_wants_leaves_none_behind(
+    namespace: Namespace, gather: Gather, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = sequence(namespace, 30)
+    with opened(disk(tmp_path)) as cache:
+        cache.store(namespace, keys, gather)
+        cache.flush()
+        hit = cache.lookup(keys)
+        readers, submit = cache._tiers[0]._readers, Workers.submit
+
+        def one(self: Workers, work: Any) -> Any:
+            if self is readers and readers._threads:
+                raise RuntimeError("can't start new thread")
+            return submit(self, work)
+
+        monkeypatch.setattr(Workers, "submit", one)
+        assert list(cache.load(hit)) == []
+        assert len(readers._threads) == 1
+        assert eventually(lambda: readers._idle == 1)
 
 
 # Life and death

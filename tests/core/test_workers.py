@@ -66,6 +66,26 @@ def test_a_queued_call_that_was_given_up_never_runs() -> None:
     workers.close()
 
 
+def test_where_no_more_threads_can_be_had_those_there_are_do_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers, go = Workers("t", 4), threading.Event()
+    first = workers.submit(lambda: go.wait(30))
+    with monkeypatch.context() as system:
+        system.setattr(threading.Thread, "start", no_thread)
+        second = workers.submit(lambda: "done")
+        with pytest.raises(RuntimeError, match="thread"):
+            Workers("none", 4).submit(lambda: None)
+    go.set()
+    assert first.result(PATIENCE)
+    assert second.result(PATIENCE) == "done"
+    assert workers.call(lambda: "again", PATIENCE) == "again"
+    workers.close()
+
+
 def test_once_closed_they_refuse_what_would_never_run() -> None:
     workers = Workers("t", 1)
     workers.call(lambda: None, 5.0)
