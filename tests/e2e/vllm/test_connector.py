@@ -74,7 +74,7 @@ def redis(tmp_path: Path) -> Iterator[tuple[dict[str, Any], Server]]:
         yield {"chunk_size": BLOCK, "tiers": [tier]}, server
 
 
-MODELS = pytest.mark.parametrize("name", ["llama", "gemma"])
+MODELS = pytest.mark.parametrize("name", ["llama", "gemma", "mistral"])
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_a_reset_of_the_connector_forgets_what_was_stored(
 # Faults
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "mistral"])
+@MODELS
 def test_damaged_frames_change_time_and_never_tokens(
     model: Path, disk: dict[str, Any], tmp_path: Path
 ) -> None:
