@@ -38,7 +38,7 @@ from tests.s3_server import (
     client,
     s3_server,
 )
-from tests.servers import Proxy, free_port
+from tests.servers import PATIENCE, Proxy, free_port
 
 pytestmark = pytest.mark.xdist_group("s3")  # one worker, so one server
 LOGIN = f"{KEY_ID}:{SECRET.replace('/', '%2F')}@"
@@ -702,6 +702,7 @@ def test_what_one_engine_stores_another_loads_and_damage_is_a_miss(
         raw.write(keys[4], raw.read(keys[4])[:-1] + b"!")
         assert [chunk.index for chunk in two.load(two.lookup(keys))] == [0, 1, 2, 3]
         assert two.stats()["missed", "damaged", "s3"] == 1
+        assert two.flush(PATIENCE)  # nobody waits for it to be deleted
         assert raw.read(keys[4]) is None
 
 
