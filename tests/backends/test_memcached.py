@@ -33,6 +33,7 @@ from tests.backends.frames import (
 from tests.backends.remote import RemoteConformance
 from tests.certificates import Authority
 from tests.servers import Proxy, Server, answers, eventually, free_port, program, running
+from tests.threads import no_more_threads
 
 MIB = 1 << 20
 
@@ -370,17 +371,13 @@ def test_a_server_that_is_lost_loses_its_share_and_comes_back(
 
 
 def test_a_server_that_nobody_can_probe_is_not_left_out(
-    three: list[tuple[int, Server]], monkeypatch: pytest.MonkeyPatch
+    three: list[tuple[int, Server]],
 ) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     backend = opener(*(port for port, _ in three))()
     put(backend, *range(60))
     _, server = three[0]
     server.kill()
-    with monkeypatch.context() as system:
-        system.setattr(threading.Thread, "start", start)
+    with no_more_threads():
         assert not all(here(backend, *range(60), timeout=SHORT))
     assert not backend._servers._resting
     server.start()

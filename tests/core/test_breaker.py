@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from lmcache_core.breaker import FAILURES, Breaker
+from tests.threads import no_more_threads
 
 
 class Store:
@@ -36,10 +37,6 @@ def store() -> Store:
 @pytest.fixture
 def breaker(store: Store) -> Breaker:
     return Breaker("t", store.ping, store.changed)
-
-
-def no_thread(self: threading.Thread) -> None:
-    raise RuntimeError("can't start new thread")
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -92,10 +89,9 @@ def test_many_failures_at_once_start_one_probe(breaker: Breaker, store: Store) -
 
 
 def test_it_does_not_stay_open_where_no_thread_can_be_had_to_probe(
-    breaker: Breaker, store: Store, monkeypatch: pytest.MonkeyPatch
+    breaker: Breaker, store: Store
 ) -> None:
-    with monkeypatch.context() as system:
-        system.setattr(threading.Thread, "start", no_thread)
+    with no_more_threads():
         breaker.failed("late", at_once=True)
     assert not breaker.is_open
     assert [state for state, _ in store.news] == ["open", "closed"]

@@ -24,6 +24,7 @@ from lmcache_core.engine import CacheEngine
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
 from tests.servers import PATIENCE, free_port
+from tests.threads import no_more_threads
 
 SIZE = 4
 CHUNK_BYTES = 64 * SIZE
@@ -571,21 +572,11 @@ def test_loads_that_are_put_aside_keep_no_others_waiting(
 # A process that is short of threads
 
 
-@pytest.fixture
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as system:
-        system.setattr(threading.Thread, "start", start)
-        yield
-
-
 def test_where_no_thread_can_be_had_nothing_is_found_or_taken(
-    namespace: Namespace, gather: Gather, tmp_path: Path, no_threads: None
+    namespace: Namespace, gather: Gather, tmp_path: Path
 ) -> None:
     keys = sequence(namespace, 3)
-    with opened(disk(tmp_path)) as cache:
+    with no_more_threads(), opened(disk(tmp_path)) as cache:
         for _ in range(5):
             assert cache.lookup(keys).chunks == 0
             assert cache.store(namespace, keys, gather) == 0

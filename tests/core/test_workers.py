@@ -12,6 +12,7 @@ import pytest
 
 from lmcache_core import DeadlineExceeded, Workers
 from tests.servers import PATIENCE
+from tests.threads import no_more_threads
 
 
 def test_results_and_exceptions_come_back() -> None:
@@ -66,16 +67,10 @@ def test_a_queued_call_that_was_given_up_never_runs() -> None:
     workers.close()
 
 
-def test_where_no_more_threads_can_be_had_those_there_are_do_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def no_thread(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
+def test_where_no_more_threads_can_be_had_those_there_are_do_it() -> None:
     workers, go = Workers("t", 4), threading.Event()
     first = workers.submit(lambda: go.wait(30))
-    with monkeypatch.context() as system:
-        system.setattr(threading.Thread, "start", no_thread)
+    with no_more_threads():
         second = workers.submit(lambda: "done")
         with pytest.raises(RuntimeError, match="thread"):
             Workers("none", 4).submit(lambda: None)

@@ -58,11 +58,11 @@ def test_what_came_before_a_block_that_did_not_is_booked(
         cache.pays.loaded = lambda *load: told.append(load)
         get = DiskBackend.get
 
-        def all_but_the_last(self: DiskBackend, *arguments: Any) -> Iterator[Any]:
+        def only_two(self: DiskBackend, *arguments: Any) -> Iterator[Any]:
             return itertools.islice(get(self, *arguments), 2)
 
         with pytest.MonkeyPatch.context() as store:
-            store.setattr(DiskBackend, "get", all_but_the_last)
+            store.setattr(DiskBackend, "get", only_two)
             assert answers(llm, prompt(400))[0][0] == cold
     ((tier, tokens, _),) = told
     assert (tier, tokens % BLOCK) == (0, 0)
