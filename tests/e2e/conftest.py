@@ -13,6 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import smollm2
 
+DOCUMENT = 300
+"""Tokens that all questions share."""
+
 
 @pytest.fixture(scope="session")
 def smollm() -> tuple[Any, Any]:
@@ -24,16 +27,16 @@ def smollm() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def text(smollm: tuple[Any, Any]) -> torch.Tensor:
-    """1,200 tokens of the Python language reference, [1, 1200]."""
+    """Some of the Python language reference, [1, 600]."""
     tokenizer = smollm[1]
-    ids = tokenizer(smollm2.document(tokenizer, 1300), return_tensors="pt")["input_ids"]
-    return ids[:, :1200]
+    ids = tokenizer(smollm2.document(tokenizer, 700), return_tensors="pt")["input_ids"]
+    return ids[:, :600]
 
 
 @pytest.fixture(scope="session")
 def document(text: torch.Tensor) -> torch.Tensor:
-    """The first half of it, [1, 600]."""
-    return text[:, :600]
+    """The first half of it, [1, 300]."""
+    return text[:, :DOCUMENT]
 
 
 @pytest.fixture(scope="session")

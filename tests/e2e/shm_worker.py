@@ -28,7 +28,7 @@ def main() -> None:
     model, _ = smollm2.load(torch.float32)
     shm = {"backend": "shm", "pool": pool, "capacity": "256MiB"}
     counts = {"tensors": 0, "shared": 0, "buffers": 0}
-    with lmcache_core.open({"tiers": [shm], "chunk_size": 64}) as cache, attach(model, cache):
+    with lmcache_core.open({"tiers": [shm], "chunk_size": 32}) as cache, attach(model, cache):
         watch(cache, counts)
         print("ready", flush=True)
         sys.stdin.readline()

@@ -16,11 +16,11 @@ import torch
 import lmcache_core
 from lmcache_backends.shm import main as shm
 from lmcache_connectors.transformers import attach
-from tests.e2e.conftest import answer
+from tests.e2e.conftest import DOCUMENT, answer
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
-CHUNK = 64
+CHUNK = 32
 WORKER = Path(__file__).parent / "shm_worker.py"
 
 
@@ -54,6 +54,6 @@ def test_a_running_process_reuses_what_another_has_just_computed(
         out, _ = other.communicate("go\n", timeout=200)
     said = json.loads(out.splitlines()[-1])
     assert said["output"] == answers[1].tolist()
-    assert said["loaded"] == {"shm": 600 // CHUNK}
+    assert said["loaded"] == {"shm": DOCUMENT // CHUNK}
     assert said["tensors"] == said["shared"] == 2 * said["loaded"]["shm"]
     assert said["buffers"] == 0

@@ -27,7 +27,7 @@ def main() -> None:
         {"backend": "local_cpu", "capacity": "1GiB"},
         {"backend": "disk", "path": folder, "capacity": "1GiB"},
     ]
-    with lmcache_core.open({"tiers": tiers, "chunk_size": 64}) as cache, attach(model, cache):
+    with lmcache_core.open({"tiers": tiers, "chunk_size": 32}) as cache, attach(model, cache):
         print("ready", flush=True)
         output = model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=2)
         loaded = {event[1]: n for event, n in cache.stats().items() if event[0] == "loaded"}

@@ -20,9 +20,9 @@ BLOCK = 128
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Two questions about one document, some 700 tokens each."""
+    """Two questions about one document, some 420 tokens each."""
     _, tokenizer = smollm2.load()
-    text = smollm2.document(tokenizer, 680)
+    text = smollm2.document(tokenizer, 400)
     asked = ("What does the assert statement do?", "What is an assignment statement used for?")
     return [tokenizer(f"{text}\n\n{question}\n")["input_ids"] for question in asked]
 
@@ -45,7 +45,7 @@ def test_answers_are_those_of_vllms_own_hit(
         "disk": {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"},
         "shm": {"backend": "shm", "capacity": "256MiB", "pool": f"test-{tmp_path.name}"},
     }
-    hit = 680 // BLOCK * BLOCK  # the questions differ behind it
+    hit = 400 // BLOCK * BLOCK  # the questions differ behind it
     with engine(smollm2.UNPACKED, **options) as llm:
         cold, _ = ask(llm, prompts[0])
         own = [ask(llm, ids) for ids in prompts]
