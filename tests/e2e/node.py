@@ -1,7 +1,8 @@
-"""A node that serves the model: python node.py CONFIG.json PROMPT.json
+"""A node that serves the model: python node.py
 
-Says "ready" when the model is loaded, waits for a line, answers the prompt, and prints as JSON what
-it generated, the seconds to the first token, and how many chunks came from where.
+Says "ready" when the model is loaded. For each line, the JSON of a config and a prompt, it opens a
+cache, answers the prompt, and prints as JSON what it generated, the seconds to the first token, and
+how many chunks came from where.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,23 +22,28 @@ import smollm2
 import lmcache_core
 from lmcache_connectors.transformers import attach
 
+SETTINGS = {"do_sample": False, "pad_token_id": 2}
+
 
 def main() -> None:
-    config, prompt = (json.loads(Path(path).read_text()) for path in sys.argv[1:])
     model, _ = smollm2.load(torch.float32)
+    model.generate(torch.arange(40)[None], max_new_tokens=2, **SETTINGS)  # first calls are slow
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(model, *json.loads(line))), flush=True)
+
+
+def answer(model: Any, config: dict[str, Any], prompt: list[list[int]]) -> dict[str, Any]:
+    """What a node says to it."""
     ids = torch.tensor(prompt)
-    settings = {"do_sample": False, "pad_token_id": 2}
-    model.generate(ids[:, :40], max_new_tokens=2, **settings)  # first calls are slow
     with lmcache_core.open(config) as cache, attach(model, cache):
-        print("ready", flush=True)
-        sys.stdin.readline()
         began = time.monotonic()
-        model.generate(ids, max_new_tokens=1, **settings)
+        model.generate(ids, max_new_tokens=1, **SETTINGS)
         ttft = time.monotonic() - began
-        output = model.generate(ids, max_new_tokens=16, **settings)
+        output = model.generate(ids, max_new_tokens=16, **SETTINGS)
         cache.flush()
         loaded = {event[1]: n for event, n in cache.stats().items() if event[0] == "loaded"}
-    print(json.dumps({"output": output.tolist(), "ttft": ttft, "loaded": loaded}))
+    return {"output": output.tolist(), "ttft": ttft, "loaded": loaded}
 
 
 if __name__ == "__main__":

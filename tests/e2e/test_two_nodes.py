@@ -31,25 +31,25 @@ NODE = Path(__file__).parent / "node.py"
 
 
 class Node:
-    """A process that has loaded the model and waits for its prompt's turn."""
+    """A process that has loaded the model and waits for what it is asked."""
 
-    def __init__(self, tier: dict[str, Any], prompt: Path, within: Sequence[str] = ()) -> None:
-        config = prompt.with_name(f"config-{id(self)}.json")
-        config.write_text(json.dumps({"chunk_size": CHUNK, "tiers": [tier]}))
+    def __init__(self, within: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*within, sys.executable, str(NODE), str(config), str(prompt)],
+            [*within, sys.executable, str(NODE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
 
     def ready(self) -> None:
-        assert self._process.stdout.readline() == b"ready\n"
+        assert self._process.stdout.readline() == "ready\n"
 
-    def answer(self) -> dict[str, Any]:
-        out, _ = self._process.communicate(b"go\n", timeout=200)
-        assert self._process.returncode == 0
-        return json.loads(out.splitlines()[-1])
+    def answer(self, tier: dict[str, Any], text: torch.Tensor) -> dict[str, Any]:
+        config = {"chunk_size": CHUNK, "tiers": [tier]}
+        self._process.stdin.write(json.dumps([config, text.tolist()]) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.kill()
@@ -57,24 +57,22 @@ class Node:
 
 
 @contextlib.contextmanager
-def two_nodes(
-    tier: dict[str, Any], prompt: Path, within: tuple[Sequence[str], Sequence[str]] = ((), ())
-) -> Iterator[tuple[Node, Node]]:
-    nodes = [Node(tier, prompt, namespace) for namespace in within]
+def two_nodes(first: Sequence[str] = (), second: Sequence[str] = ()) -> Iterator[list[Node]]:
+    """Each within what its command runs."""
+    nodes = [Node(first), Node(second)]
     try:
         for node in nodes:
             node.ready()
-        yield nodes[0], nodes[1]
+        yield nodes
     finally:
         for node in nodes:
             node.close()
 
 
-@pytest.fixture
-def prompt(text: torch.Tensor, tmp_path: Path) -> Path:
-    path = tmp_path / "prompt.json"
-    path.write_text(json.dumps(text.tolist()))
-    return path
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[list[Node]]:
+    with two_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(params=["redis", "memcached", "s3"])
@@ -107,27 +105,33 @@ def s3_tier(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def compare(
-    tier: dict[str, Any], first: Node, second: Node, capsys: pytest.CaptureFixture[str], where: str
+    nodes: Sequence[Node],
+    tiers: Sequence[dict[str, Any]],
+    text: torch.Tensor,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
 ) -> None:
-    """Node one computes and stores, node two loads; says what each took to its first token."""
-    computed = first.answer()
-    reused = second.answer()
+    """The first node computes and stores, the other loads; says how long until the first token."""
+    computed, reused = [node.answer(tier, text) for node, tier in zip(nodes, tiers, strict=True)]
     assert reused["output"] == computed["output"]
-    chunks = (600 - 1) // CHUNK
-    assert reused["loaded"] == {tier["backend"]: 2 * chunks}  # for each of two answers
+    chunks = (text.shape[1] - 1) // CHUNK
+    name = tiers[0]["backend"]
+    assert reused["loaded"] == {name: 2 * chunks}  # for each of two answers
     with capsys.disabled():
         saved = 1 - reused["ttft"] / computed["ttft"]
         print(
-            f"\n{tier['backend']}, {where}: time to first token {computed['ttft']:.2f} s on node A,"
+            f"\n{name}, {where}: time to first token {computed['ttft']:.2f} s on node A,"
             f" {reused['ttft']:.2f} s on node B, {saved:.0%} saved"
         )
 
 
 def test_the_second_node_reuses_what_the_first_computed(
-    tier: dict[str, Any], prompt: Path, capsys: pytest.CaptureFixture[str]
+    nodes: list[Node],
+    tier: dict[str, Any],
+    text: torch.Tensor,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with two_nodes(tier, prompt) as (first, second):
-        compare(tier, first, second, capsys, "loopback")
+    compare(nodes, [tier, tier], text, capsys, "loopback")
 
 
 class Network(NamedTuple):
@@ -170,7 +174,7 @@ def network() -> Iterator[Network]:
 
 
 def test_over_a_network_of_1_gbit_and_1_ms(
-    network: Network, prompt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: Network, text: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The delay is a relay's on the second node: not every kernel has tc's netem."""
     port, near = 6379, 6380
@@ -191,13 +195,6 @@ def test_over_a_network_of_1_gbit_and_1_ms(
     with (
         running(Server(serve, lambda: says(network.first, port))),
         running(Server([*network.second, *delay, "0.001"], lambda: says(network.second, near))),
+        two_nodes(network.first, network.second) as nodes,
     ):
-        first = Node(tiers[0], prompt, network.first)
-        second = Node(tiers[1], prompt.with_name("prompt.json"), network.second)
-        try:
-            first.ready()
-            second.ready()
-            compare(tiers[0], first, second, capsys, "1 Gbit/s, 1 ms")
-        finally:
-            first.close()
-            second.close()
+        compare(nodes, tiers, text, capsys, "1 Gbit/s, 1 ms")
