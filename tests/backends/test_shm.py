@@ -889,6 +889,14 @@ def run_forked(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
+STRIDE = 1 if SECONDS >= 60 else 3
+
+
+def first_line() -> int:
+    """Before the first at which to kill: of chance, so that a few runs have been at every line."""
+    return random.randrange(STRIDE) + 1 - STRIDE
+
+
 def kill_at(line: int) -> None:
     """From now on, kill this process at the `line`th line of the backend's code."""
     left = line
@@ -944,9 +952,9 @@ def test_whatever_line_a_creator_is_killed_at_the_next_makes_the_pool(pool: str)
         opener(pool, MIB)()
         sys.settrace(None)
 
-    line, status = 0, signal.SIGKILL
+    line, status = first_line(), signal.SIGKILL
     while status == signal.SIGKILL:
-        line += 1
+        line += STRIDE
         status = run_forked(create)
         backend = opener(pool, MIB)()
         assert put(backend, 1) == 1
@@ -961,9 +969,9 @@ def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: s
     survivor = opener(pool, MIB)()
     head = b"head" if act == "room" else b""
     expected = {n: value(n, MIB // 4) for n in range(4)} | {50: head + value(50, MIB // 3)}
-    line = 0
+    line = first_line()
     while True:
-        line += 1 if act == "room" or SECONDS >= 60 else 3
+        line += STRIDE
         for number in range(4):
             put(survivor, number, MIB // 4)
         if act == "put":  # one has died before: then also while it mends that
