@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -21,10 +22,14 @@ from lmcache_core.layout import Tensors, views
 from lmcache_core.memory import HOST
 from lmcache_core.observers import Observers
 from lmcache_core.pays import Pays
+from lmcache_core.threads import start_thread
 from lmcache_core.tier import Miss, Tier
 
 DRAIN_SECONDS = 30.0
 """How long `close` waits for write-behind."""
+
+_HEADER_BYTES = 16 << 10
+"""What a frame takes more than its chunk, roughly."""
 
 Gather = Callable[[int, Tensors], None]
 """(index, out): copy chunk `index` of the sequence out of the engine's memory into `out`."""
@@ -93,6 +98,16 @@ class CacheEngine:
         namespace = Namespace(**fields, extra=extra)
         self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
         return namespace
+
+    def warm(self, namespaces: Sequence[Namespace]) -> None:
+        """Have memory ready, soon, for frames of chunks of these, which a process's first load
+        would wait for. Nothing is done where all tiers are memory."""
+        if all(tier.in_memory for tier in self._tiers):
+            return
+        chunks = [each.layout.bytes_per_token * self.chunk_size for each in namespaces]
+        sizes = [nbytes + _HEADER_BYTES for nbytes in chunks]
+        with contextlib.suppress(RuntimeError):  # no thread can be had
+            start_thread(partial(HOST.warm, sizes), "lmcache-warm")
 
     def _check_capacities(self, nbytes: int) -> None:
         for tier in self._config.tiers:

@@ -8,6 +8,7 @@ depends on the accelerator stays in this file.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -24,6 +25,8 @@ from lmcache_core.errors import ConfigError
 
 POOL_BYTES = 256 << 20
 """Free memory that the pool keeps for reuse."""
+WARM_BYTES, WARM_BUFFERS = 64 << 20, 64
+"""The most that is touched before anybody needs it."""
 
 
 class HostBuffers:
@@ -59,6 +62,17 @@ class HostBuffers:
         owner = (ctypes.c_ubyte * nbytes).from_buffer(pages)
         weakref.finalize(owner, self._give, size, pages).atexit = False
         return memoryview(owner).cast("B")
+
+    def warm(self, sizes: Sequence[int]) -> None:
+        """Get buffers of these sizes, in turn, from the system, to wait for use. That takes longer
+        than reading into them."""
+        held, left = [], WARM_BYTES
+        for size in itertools.islice(itertools.cycle(sizes), WARM_BUFFERS):
+            left -= size
+            if left < 0:
+                return
+            held.append(self.allocate(size))
+            np.frombuffer(held[-1], np.uint8)[:: mmap.PAGESIZE] = 0
 
     @property
     def free_bytes(self) -> int:

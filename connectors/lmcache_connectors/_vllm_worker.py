@@ -80,6 +80,7 @@ class Worker:
                 self._prove_packing(group.packing, spec.layer_names[0], mine[0])
             self._memory.append(memory)
         self._whole = all_or_nothing(self._groups)
+        self._cache.engine.warm([group.namespace for group in self._groups])
 
     def _prove_packing(self, packing: Packing, name: str, memory: torch.Tensor) -> None:
         """See that the layer itself writes keys and values so. Raises ConfigError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import multiprocessing
 import os
 import random
@@ -19,8 +20,19 @@ import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import Chunk, ChunkKey, ConfigError, Namespace, Tensors, Workers, engine, frame
+from lmcache_core import (
+    Chunk,
+    ChunkKey,
+    ConfigError,
+    KVLayout,
+    Namespace,
+    Tensors,
+    Workers,
+    engine,
+    frame,
+)
 from lmcache_core.engine import CacheEngine
+from lmcache_core.memory import HostBuffers
 from lmcache_core.testing import make_chunk, tiny_layout
 from tests.core.conftest import content
 from tests.servers import PATIENCE, free_port
@@ -441,6 +453,38 @@ def test_a_damaged_chunk_in_one_tier_comes_from_the_next(
         # A thread that reads ahead may find one damaged just when it is asked for again.
         assert eventually(lambda: missed(cache)["damaged"] >= 3)
         assert set(missed(cache)) <= {"damaged", "evicted"}
+
+
+def test_a_first_load_finds_its_memory_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that the system has yet to give takes longer than what is read into it."""
+    mapped: list[int] = []
+
+    def counting(nbytes: int) -> mmap.mmap:
+        mapped.append(nbytes)
+        return mmap.mmap(-1, nbytes)
+
+    group = tiny_layout().groups[0].model_copy(update={"kv_heads": 1024})
+    wide = Namespace(model="wide", layout=KVLayout(groups=(group,)), weights="w")
+    keys = sequence(wide, 4)
+    tier = disk(tmp_path, capacity="64MiB")
+    with opened(tier) as cache:
+        cache.store(wide, keys, lambda index, out: [tensor.zero_() for tensor in out.values()])
+    pool = HostBuffers()
+    monkeypatch.setattr("lmcache_core.memory._map", counting)
+    monkeypatch.setattr("lmcache_core.engine.HOST", pool)
+    monkeypatch.setattr("lmcache_core.tier.HOST", pool)
+    with opened(memory("64MiB")) as cache:
+        cache.warm([wide])
+        assert mapped == []
+    with opened(tier) as cache:
+        cache.warm([wide])
+        assert eventually(lambda: not any(t.name == "lmcache-warm" for t in threading.enumerate()))
+        ahead = len(mapped)
+        assert ahead >= 4
+        assert len(list(cache.load(keys))) == 4
+        assert len(mapped) == ahead
 
 
 def test_a_chunk_evicted_since_the_lookup_ends_the_load(

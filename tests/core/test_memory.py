@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmcache_core.memory import HOST, HostBuffers
+from lmcache_core.memory import HOST, WARM_BUFFERS, WARM_BYTES, HostBuffers
 
 MIB = 1 << 20
 
@@ -40,6 +42,27 @@ def test_memory_is_reused_once_the_last_view_is_gone() -> None:
     assert address(pool.allocate(MIB)) != where
     del view
     assert address(pool.allocate(MIB)) == where
+
+
+def test_what_was_got_ahead_is_touched_and_waits() -> None:
+    pool = HostBuffers()
+    pool.warm([MIB, 3 * MIB])
+    assert pool.free_bytes == WARM_BYTES
+    buffers = [pool.allocate(nbytes) for nbytes in (MIB, 3 * MIB) for _ in range(16)]
+    assert pool.free_bytes == 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for buffer in buffers:
+        np.frombuffer(buffer, np.uint8)[:: mmap.PAGESIZE] = 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
+    pool.warm([])
+
+
+def test_little_is_got_ahead_of_small_buffers() -> None:
+    pool = HostBuffers()
+    pool.warm([4096])
+    assert pool.free_bytes == WARM_BUFFERS * 4096
+    pool.warm([WARM_BYTES + 1])
+    assert pool.free_bytes == WARM_BUFFERS * 4096
 
 
 def test_the_pool_keeps_no_more_than_it_may() -> None:
