@@ -71,7 +71,10 @@ class HostBuffers:
             left -= size
             if left < 0:
                 return
-            held.append(self.allocate(size))
+            try:
+                held.append(self.allocate(size))
+            except (OSError, MemoryError, RuntimeError):  # the system, or the driver, has no more
+                return
             np.frombuffer(held[-1], np.uint8)[:: mmap.PAGESIZE] = 0
 
     @property

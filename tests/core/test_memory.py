@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import os
@@ -13,6 +14,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from lmcache_core.memory import HOST, WARM_BUFFERS, WARM_BYTES, HostBuffers
@@ -63,6 +65,16 @@ def test_little_is_got_ahead_of_small_buffers() -> None:
     assert pool.free_bytes == WARM_BUFFERS * 4096
     pool.warm([WARM_BYTES + 1])
     assert pool.free_bytes == WARM_BUFFERS * 4096
+
+
+def test_where_there_is_no_more_memory_none_is_got_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(size: int) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("lmcache_core.memory._map", none)
+    pool = HostBuffers()
+    pool.warm([MIB])
+    assert pool.free_bytes == 0
 
 
 def test_the_pool_keeps_no_more_than_it_may() -> None:
