@@ -17,9 +17,10 @@ from lmcache_connectors import _vllm_scheduler
 from lmcache_connectors._vllm_chunks import Metadata
 from lmcache_connectors._vllm_worker import Worker
 from lmcache_connectors.vllm import LmcacheCoreConnector
+from lmcache_core.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
-from tests.servers import Server, free_port, running
+from tests.servers import Server, eventually, free_port, running
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
 
@@ -387,6 +388,20 @@ def test_a_reset_of_the_connector_forgets_what_was_stored(
         assert answers(llm, ids)[0][1] == 0
         forget(llm)
         assert answers(llm, ids)[0][1] > 0
+
+
+def test_memory_for_first_loads_is_got_ahead_where_blocks_are_loaded(
+    gemma: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: list[Sequence[int]] = []
+    monkeypatch.setattr(HostBuffers, "warm", lambda self, sizes: got.append(sizes))
+    with engine(gemma, disk) as llm:
+        groups = worker(llm)._worker._groups
+        chunks = [group.namespace.layout.bytes_per_token * BLOCK for group in groups]
+        eventually(lambda: got)
+        (sizes,) = got  # once, by the worker: not by the scheduler, which loads nothing
+        assert len(sizes) == len(chunks) > 1
+        assert all(size > chunk for size, chunk in zip(sizes, chunks, strict=True))
 
 
 # Faults
