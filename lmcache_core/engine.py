@@ -28,8 +28,8 @@ from lmcache_core.tier import Miss, Tier
 DRAIN_SECONDS = 30.0
 """How long `close` waits for write-behind."""
 
-_HEADER_BYTES = 16 << 10
-"""What a frame takes more than its chunk, roughly."""
+_HEADER_BYTES = 4096
+"""More than the head of a frame takes, of a namespace with few layer groups."""
 
 Gather = Callable[[int, Tensors], None]
 """(index, out): copy chunk `index` of the sequence out of the engine's memory into `out`."""

@@ -64,8 +64,8 @@ class HostBuffers:
         return memoryview(owner).cast("B")
 
     def warm(self, sizes: Sequence[int]) -> None:
-        """Get buffers of these sizes, in turn, from the system, to wait for use. That takes longer
-        than reading into them."""
+        """Get buffers of these sizes in bytes, in turn, from the system, to wait for use. That
+        takes longer than reading into them."""
         held, left = [], WARM_BYTES
         for size in itertools.islice(itertools.cycle(sizes), WARM_BUFFERS):
             left -= size
