@@ -955,6 +955,7 @@ def test_whatever_line_a_creator_is_killed_at_the_next_makes_the_pool(pool: str)
     line, status = first_line(), signal.SIGKILL
     while status == signal.SIGKILL:
         line += STRIDE
+        print("line", line)  # for whoever sees this fail
         status = run_forked(create)
         backend = opener(pool, MIB)()
         assert put(backend, 1) == 1
@@ -972,6 +973,7 @@ def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: s
     line = first_line()
     while True:
         line += STRIDE
+        print("line", line)  # for whoever sees this fail
         for number in range(4):
             put(survivor, number, MIB // 4)
         if act == "put":  # one has died before: then also while it mends that

@@ -49,7 +49,9 @@ class Node:
         config = {"chunk_size": CHUNK, "tiers": [tier]}
         self._process.stdin.write(json.dumps([config, text.tolist()]) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        assert line, "the node ended; it said why above"
+        return json.loads(line)
 
     def close(self) -> None:
         self._process.kill()
