@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 
 import pytest
 import torch
 from hypothesis import settings
 
 from lmcache_core.testing import no_leaks
+from lmcache_core.testing.processes import forked_early
 
 # One thread for each process that computes: there are as many of them as cores, and threads of
 # OpenMP that wait for one which has none waste the time of all.
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 settings.register_profile("any machine", deadline=None)  # examples may take as long as they like
 settings.load_profile("any machine")
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Makes other processes."""
+    return forked_early()
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.context import ForkServerContext
+from multiprocessing.queues import SimpleQueue
 from typing import ClassVar, Protocol, TypeVar
 
 import pytest
@@ -17,6 +18,7 @@ from lmcache_core.backend import StorageBackend
 from lmcache_core.keys import ChunkKey
 from lmcache_core.parts import Parts
 from lmcache_core.testing.leaks import no_leaks
+from lmcache_core.testing.processes import forked_early
 
 SMALL = 64 * 1024
 """Capacity, in bytes, of what the `open_small` fixture opens."""
@@ -294,6 +296,12 @@ class BackendConformance:
 
     # Closing and sharing
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def processes(cls) -> ForkServerContext:
+        """Of a wider scope than a test, so that it comes before what counts open files."""
+        return forked_early()
+
     def test_opening_and_closing_leaves_nothing_behind(self, open_backend: Open) -> None:
         with no_leaks():
             for _ in range(5):
@@ -321,11 +329,12 @@ class BackendConformance:
         two.close()
 
     @_needs("shared")
-    def test_processes_may_do_everything_at_once(self, open_backend: Open) -> None:
-        context = multiprocessing.get_context("spawn")
-        outcomes = context.SimpleQueue()
+    def test_processes_may_do_everything_at_once(
+        self, open_backend: Open, processes: ForkServerContext
+    ) -> None:
+        outcomes = processes.SimpleQueue()
         workers = [
-            context.Process(target=_hammer, args=(open_backend, seed, outcomes))
+            processes.Process(target=_hammer, args=(open_backend, seed, outcomes))
             for seed in range(3)
         ]
         for worker in workers:
@@ -394,7 +403,7 @@ class BackendConformance:
         backend.close()
 
 
-def _hammer(open_backend: Open, seed: int, outcomes: multiprocessing.SimpleQueue[str]) -> None:
+def _hammer(open_backend: Open, seed: int, outcomes: SimpleQueue[str]) -> None:
     """Put, get and delete shared keys; every value that is read must be its key's."""
     chance = random.Random(seed)
     try:

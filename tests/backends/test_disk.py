@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
+from multiprocessing.context import ForkServerContext
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -286,10 +287,11 @@ def _fill(path: Path, seed: int, over: multiprocessing.SimpleQueue) -> None:
     over.put(peak)
 
 
-def test_processes_that_share_a_directory_keep_to_one_capacity(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    peaks = context.SimpleQueue()
-    workers = [context.Process(target=_fill, args=(tmp_path, n, peaks)) for n in range(4)]
+def test_processes_that_share_a_directory_keep_to_one_capacity(
+    tmp_path: Path, processes: ForkServerContext
+) -> None:
+    peaks = processes.SimpleQueue()
+    workers = [processes.Process(target=_fill, args=(tmp_path, n, peaks)) for n in range(4)]
     for worker in workers:
         worker.start()
     highest = max(peaks.get() for _ in workers)

@@ -889,7 +889,7 @@ def run_forked(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-STRIDE = 1 if SECONDS >= 60 else 3
+STRIDE = 1 if SECONDS >= 60 else 7
 
 
 def first_line() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import mmap
-import multiprocessing
 import os
 import random
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +209,17 @@ def test_a_chunk_that_is_written_while_a_lookup_runs_is_found(
 
 
 def test_scheduler_and_worker_are_different_processes(
-    namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
+    namespace: Namespace,
+    gather: Gather,
+    is_right: IsRight,
+    tmp_path: Path,
+    processes: ForkServerContext,
 ) -> None:
     """Keys, hits and namespaces travel; two engines on one directory see each other at once."""
     with opened(disk(tmp_path)) as scheduler:
         keys = sequence(namespace, 4)
         assert scheduler.lookup(keys).chunks == 0
-        context = multiprocessing.get_context("spawn")
-        worker = context.Process(target=_work, args=(str(tmp_path), namespace, keys))
+        worker = processes.Process(target=_work, args=(str(tmp_path), namespace, keys))
         worker.start()
         worker.join(60)
         assert worker.exitcode == 0

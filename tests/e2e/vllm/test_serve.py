@@ -74,7 +74,7 @@ def test_after_a_reset_of_its_own_cache_a_server_has_ours(first: dict[str, Any])
 
 def test_a_server_ends_when_it_is_told_to(first: dict[str, Any]) -> None:
     """With all its processes, which `first` waits for."""
-    assert len(first["started"]) >= 3, first["started"]  # the server, its engine core, a worker
+    assert len(first["started"]) >= 3, first["started"]  # the leash, the server, its engine core
     assert first["status"] == 0
     assert "Traceback" not in first["log"]
 

