@@ -1,7 +1,7 @@
 """shm: the conformance suite, and what only a pool of processes can suffer.
 
 LMCACHE_SHM_SECONDS=600 makes the test that kills workers at random run for that long, and those
-that kill at a line do so at every line instead of every third, as one of them always does.
+that kill at a line do so at every line instead of every seventh, as one of them always does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Another process that shares a pool, up before there is anything: python shm_worker.py POOL PROMPT
 
-Waits for a line on its standard input, then answers as worker.py does. It also counts the tensors
-that were loaded, how many of them lie in the pool's own pages, and the buffers that were read into.
+Waits for a line on its standard input, then prints as JSON what it generated and how many chunks
+came from where. It also counts the tensors that were loaded, how many of them lie in the pool's own
+pages, and the buffers that were read into.
 """
 
 from __future__ import annotations

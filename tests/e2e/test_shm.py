@@ -16,11 +16,10 @@ import torch
 import lmcache_core
 from lmcache_backends.shm import main as shm
 from lmcache_connectors.transformers import attach
-from tests.e2e.conftest import DOCUMENT, answer
+from tests.e2e.conftest import CHUNK, DOCUMENT, answer
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
-CHUNK = 32
 WORKER = Path(__file__).parent / "shm_worker.py"
 
 

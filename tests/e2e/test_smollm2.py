@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,12 @@ from transformers import DynamicCache, pipeline
 
 import lmcache_core
 from lmcache_connectors.transformers import attach
-from tests.e2e.conftest import DOCUMENT, answer, smollm2
+from tests.e2e.conftest import CHUNK, DOCUMENT, Node, answer, smollm2
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 
-CHUNK = 32
 SHARED = DOCUMENT // CHUNK
 """Whole chunks of the document."""
-WORKER = Path(__file__).parent / "worker.py"
 
 
 def config(folder: Path, capacity: str = "1GiB") -> dict[str, Any]:
@@ -43,6 +38,7 @@ def test_two_questions_from_memory_then_from_another_process(
     smollm: tuple[Any, Any],
     prompts: list[torch.Tensor],
     answers: list[torch.Tensor],
+    nodes: list[Node],
     tmp_path: Path,
 ) -> None:
     model, _ = smollm
@@ -53,37 +49,31 @@ def test_two_questions_from_memory_then_from_another_process(
             assert torch.equal(answer(model, ids), tokens)
         assert loaded(cache) == {"local_cpu": SHARED}
     for ids, tokens in zip(prompts, answers, strict=True):
-        prompt = tmp_path / "prompt.json"
-        prompt.write_text(json.dumps(ids.tolist()))
-        command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
-        out = subprocess.run(command, check=True, capture_output=True, timeout=200)
-        said = json.loads(out.stdout.splitlines()[-1])
+        said = nodes[0].answer(raw["tiers"][1], ids)
         assert said["output"] == tokens.tolist()
-        assert said["loaded"] == {"disk": (ids.shape[1] - 1) // CHUNK}
+        assert said["loaded"] == {"disk": 2 * ((ids.shape[1] - 1) // CHUNK)}  # of two answers
 
 
-def test_a_worker_killed_while_it_stores_leaves_a_prefix_that_is_right(
+def test_a_process_killed_while_it_stores_leaves_a_prefix_that_is_right(
     smollm: tuple[Any, Any],
     prompts: list[torch.Tensor],
     answers: list[torch.Tensor],
     tmp_path: Path,
 ) -> None:
     model, ids, expected = smollm[0], prompts[0], answers[0]
-    prompt = tmp_path / "prompt.json"
-    prompt.write_text(json.dumps(ids.tolist()))
-    command = [sys.executable, str(WORKER), str(tmp_path), str(prompt)]
-    worker = subprocess.Popen(command, stdout=subprocess.PIPE)
-    worker.stdout.readline()
-    end = time.monotonic() + 120
-    while not list(tmp_path.glob("chunks/*/*")) and time.monotonic() < end:
-        time.sleep(0.001)
-    worker.kill()
-    worker.wait()
-    worker.stdout.close()
-    stored = len(list(tmp_path.glob("chunks/*/*")))
-    assert stored >= 1
     plain = config(tmp_path)
     plain["tiers"][1].pop("serde")
+    node = Node()
+    try:
+        node.ready()
+        node.ask(plain["tiers"][1], ids)
+        end = time.monotonic() + 120
+        while not list(tmp_path.glob("chunks/*/*")) and time.monotonic() < end:
+            time.sleep(0.001)
+    finally:
+        node.close()
+    stored = len(list(tmp_path.glob("chunks/*/*")))
+    assert stored >= 1
     with lmcache_core.open(plain) as cache, attach(model, cache):
         assert torch.equal(answer(model, ids), expected)
         assert 1 <= sum(loaded(cache).values()) <= stored
@@ -104,19 +94,23 @@ def test_memory_smaller_than_the_document(
         assert loaded(cache)["disk"] > 0
 
 
+SHORT = 3 * CHUNK
+"""Tokens of the document's end: many CPUs are slow in bfloat16."""
+
+
 def test_bf16_equals_the_same_split_prefill_without_storage(
     prompts: list[torch.Tensor], tmp_path: Path
 ) -> None:
     model, _ = smollm2.load(torch.bfloat16)
-    one, two = prompts
+    one, two = (ids[:, DOCUMENT - SHORT :] for ids in prompts)
     with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
         first = DynamicCache(config=model.config)
         with torch.no_grad():
             model(input_ids=one, cache=first, use_cache=True, logits_to_keep=1)
         answer(model, one)
         got = answer(model, two)
-        assert loaded(cache) == {"local_cpu": SHARED}
-    first.crop(SHARED * CHUNK - one.shape[1])
+        assert loaded(cache) == {"local_cpu": SHORT // CHUNK}
+    first.crop(SHORT - one.shape[1])
     expected = model.generate(two, cache=first, max_new_tokens=16, do_sample=False)
     assert torch.equal(got, expected)
 
@@ -125,7 +119,7 @@ def test_a_pipeline_and_a_batch_of_chats(
     smollm: tuple[Any, Any], document: torch.Tensor, tmp_path: Path
 ) -> None:
     model, tokenizer = smollm
-    text = tokenizer.decode(document[0])
+    text = tokenizer.decode(document[0, :128])
     questions = (
         "What is assert?",
         "What is a coroutine?",
@@ -138,4 +132,4 @@ def test_a_pipeline_and_a_batch_of_chats(
     with lmcache_core.open(config(tmp_path)) as cache, attach(model, cache):
         assert pipe(chats, **settings) == expected
         assert pipe(chats, **settings) == expected
-        assert loaded(cache)["local_cpu"] >= 3 * (300 // CHUNK)
+        assert loaded(cache)["local_cpu"] >= 3 * (128 // CHUNK)

@@ -6,7 +6,6 @@ For Redis also over a network of 1 Gbit/s and 1 ms, between two network namespac
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
@@ -20,61 +19,11 @@ import torch
 
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
+from tests.e2e.conftest import CHUNK, Node, two_nodes
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
 from tests.servers import Server, free_port, program, running
 
 pytestmark = pytest.mark.xdist_group("smollm2")
-
-CHUNK = 32
-ROOT = Path(__file__).parents[2]
-NODE = Path(__file__).parent / "node.py"
-
-
-class Node:
-    """A process that has loaded the model and waits for what it is asked."""
-
-    def __init__(self, within: Sequence[str] = ()) -> None:
-        self._process = subprocess.Popen(
-            [*within, sys.executable, str(NODE)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    def ready(self) -> None:
-        assert self._process.stdout.readline() == "ready\n"
-
-    def answer(self, tier: dict[str, Any], text: torch.Tensor) -> dict[str, Any]:
-        config = {"chunk_size": CHUNK, "tiers": [tier]}
-        self._process.stdin.write(json.dumps([config, text.tolist()]) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        assert line, "the node ended; it said why above"
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-@contextlib.contextmanager
-def two_nodes(first: Sequence[str] = (), second: Sequence[str] = ()) -> Iterator[list[Node]]:
-    """Each within what its command runs."""
-    nodes = [Node(first), Node(second)]
-    try:
-        for node in nodes:
-            node.ready()
-        yield nodes
-    finally:
-        for node in nodes:
-            node.close()
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[Node]]:
-    with two_nodes() as nodes:
-        yield nodes
 
 
 @pytest.fixture(params=["redis", "memcached", "s3"])
