@@ -1,7 +1,8 @@
 """Time to first token of real vLLM on the CPU, with SmolLM2-135M: from our tiers, from vLLM's own
 prefix cache, computed.
 
-    python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--vllm .cache/vllm/bin/python]
+    python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--dtype bfloat16]
+                                    [--vllm .cache/vllm/bin/python]
 
 Every engine is a process of its own with an engine core and a worker below it, as vLLM starts them
 by default; all of them compute on all cores but the last, which is what vLLM chooses without a
@@ -73,10 +74,10 @@ class Engine:
     """One of vLLM's, in processes of its own, with one prompt behind it."""
 
     def __init__(
-        self, python: str, connector: Settings, text: Text, lengths: Sequence[int]
+        self, python: str, connector: Settings, dtype: str, text: Text, lengths: Sequence[int]
     ) -> None:
         settings = {
-            "model": str(smollm2.UNPACKED), "skip_tokenizer_init": True, "dtype": "bfloat16",
+            "model": str(smollm2.UNPACKED), "skip_tokenizer_init": True, "dtype": dtype,
             "max_model_len": 4096, "block_size": BLOCK, "enforce_eager": True,
             "kv_cache_memory_bytes": 1 << 30, "kv_transfer_config": connector,
         }  # fmt: skip
@@ -215,8 +216,8 @@ Figures = dict[str, list[float]]
 class Bench:
     """The engine without a connector, and those that are measured beside it."""
 
-    def __init__(self, python: str, text: Text, rounds: int) -> None:
-        self._python, self._text, self._rounds = python, text, rounds
+    def __init__(self, python: str, dtype: str, text: Text, rounds: int) -> None:
+        self._python, self._dtype, self._text, self._rounds = python, dtype, text, rounds
         self._alone = self._engine(None)
 
     def __enter__(self) -> Bench:
@@ -226,7 +227,7 @@ class Bench:
         self._alone.__exit__(*error)
 
     def _engine(self, settings: Settings) -> Engine:
-        return Engine(self._python, settings, self._text, LENGTHS)
+        return Engine(self._python, settings, self._dtype, self._text, LENGTHS)
 
     def measure(self, name: str) -> tuple[dict[int, Figures], Figures]:
         """TTFT by length, and the bursts, of one connector."""
@@ -381,20 +382,23 @@ def main() -> None:
                         help="an interpreter that has vLLM and lmcache-core")  # fmt: skip
     parser.add_argument("--tiers", default=",".join([*TIERS, EXAMPLE]), help="names, with commas")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16",
+                        help="float32 where the CPU has no AVX-512: it would emulate bfloat16")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--write", action="store_true", help="into docs/vllm.md")
     options = parser.parse_args()
-    with Bench(options.vllm, Text(), 1 if options.quick else options.rounds) as bench:
+    rounds = 1 if options.quick else options.rounds
+    with Bench(options.vllm, options.dtype, Text(), rounds) as bench:
         got = {}
         for name in options.tiers.split(","):
             with console.status(f"{name} ..."):
                 got[name] = bench.measure(name)
+    about = f"{options.dtype}; {machine()}"
     tables = [
-        ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, machine())
-        for n in LENGTHS
+        ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, about) for n in LENGTHS
     ]
     if bursts := {name: burst for name, (_, burst) in got.items() if burst}:
-        tables.append(burst_table(bursts, machine()))
+        tables.append(burst_table(bursts, about))
     for table in tables:
         console.print(table)
     if options.write:
