@@ -1,8 +1,9 @@
 """Time to first token of real vLLM on the CPU, with SmolLM2-135M: from our tiers, from vLLM's own
 prefix cache, computed.
 
-    python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--dtype bfloat16]
-                                    [--vllm .cache/vllm/bin/python]
+    python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--vllm .cache/vllm/bin/python]
+
+Where a CPU emulates bfloat16, a run of `--dtype float32 --lengths 1193` ends within half an hour.
 
 Every engine is a process of its own with an engine core and a worker below it, as vLLM starts them
 by default; all of them compute on all cores but the last, which is what vLLM chooses without a
@@ -58,7 +59,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import smollm2
 
 ROOT = Path(__file__).parents[1]
-LENGTHS = (1193, 3793)
 BLOCK = 128
 """Tokens of a block, vLLM's default on the CPU: a prompt's last one is computed."""
 SPINS = 1.2
@@ -216,8 +216,11 @@ Figures = dict[str, list[float]]
 class Bench:
     """The engine without a connector, and those that are measured beside it."""
 
-    def __init__(self, python: str, dtype: str, text: Text, rounds: int) -> None:
-        self._python, self._dtype, self._text, self._rounds = python, dtype, text, rounds
+    def __init__(
+        self, python: str, dtype: str, text: Text, lengths: Sequence[int], rounds: int
+    ) -> None:
+        self._python, self._dtype, self._text = python, dtype, text
+        self._lengths, self._rounds = lengths, rounds
         self._alone = self._engine(None)
 
     def __enter__(self) -> Bench:
@@ -227,20 +230,20 @@ class Bench:
         self._alone.__exit__(*error)
 
     def _engine(self, settings: Settings) -> Engine:
-        return Engine(self._python, settings, self._dtype, self._text, LENGTHS)
+        return Engine(self._python, settings, self._dtype, self._text, self._lengths)
 
     def measure(self, name: str) -> tuple[dict[int, Figures], Figures]:
         """TTFT by length, and the bursts, of one connector."""
-        figures: dict[int, Figures] = {length: {} for length in LENGTHS}
-        prompts = {n: [self._text.prompt(n) for _ in range(self._rounds)] for n in LENGTHS}
+        figures: dict[int, Figures] = {length: {} for length in self._lengths}
+        prompts = {n: [self._text.prompt(n) for _ in range(self._rounds)] for n in self._lengths}
         with connector(name) as settings:
             with self._engine(settings) as engine:
-                for n, number in itertools.product(LENGTHS, range(self._rounds)):
+                for n, number in itertools.product(self._lengths, range(self._rounds)):
                     self._round(figures[n], engine, prompts[n][number], number)
                 bursts = {} if name == EXAMPLE else self._bursts(engine)
             for number in range(self._rounds):
                 with self._engine(settings) as engine:
-                    for n in LENGTHS:
+                    for n in self._lengths:
                         self._fresh(figures[n], engine, prompts[n][number], number)
         return figures, bursts
 
@@ -382,20 +385,21 @@ def main() -> None:
                         help="an interpreter that has vLLM and lmcache-core")  # fmt: skip
     parser.add_argument("--tiers", default=",".join([*TIERS, EXAMPLE]), help="names, with commas")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--dtype", default="bfloat16",
-                        help="float32 where the CPU has no AVX-512: it would emulate bfloat16")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where a CPU emulates it")
+    parser.add_argument("--lengths", default="1193,3793", help="of prompts, with commas")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--write", action="store_true", help="into docs/vllm.md")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    with Bench(options.vllm, options.dtype, Text(), rounds) as bench:
+    lengths = [int(length) for length in options.lengths.split(",")]
+    with Bench(options.vllm, options.dtype, Text(), lengths, rounds) as bench:
         got = {}
         for name in options.tiers.split(","):
             with console.status(f"{name} ..."):
                 got[name] = bench.measure(name)
     about = f"{options.dtype}; {machine()}"
     tables = [
-        ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, about) for n in LENGTHS
+        ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, about) for n in lengths
     ]
     if bursts := {name: burst for name, (_, burst) in got.items() if burst}:
         tables.append(burst_table(bursts, about))

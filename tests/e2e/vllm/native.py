@@ -183,6 +183,12 @@ class Offloading:
         for _ in range(self.spec.num_chunks):
             self.store(content(1, self.width))
 
+    def reset(self) -> None:
+        """As vLLM does when weights change, with nothing on its way."""
+        self.manager.reset_cache()
+        if hasattr(self.manager, "on_reset_flushed"):  # since vLLM 0.33
+            self.manager.on_reset_flushed()
+
     @property
     def width(self) -> int:
         return self.spec.kv_bytes_per_chunk
