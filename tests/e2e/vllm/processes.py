@@ -31,7 +31,7 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     ours.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     paths = [ROOT, *(ROOT / part for part in ("backends", "serde", "connectors")), folder]
     _make_known(folder)
-    # A sixth of what vLLM takes to import goes into collecting garbage of which there is none.
+    # A tenth of what vLLM takes to import goes into collecting garbage of which there is none.
     (folder / "sitecustomize.py").write_text("import gc\ngc.set_threshold(100_000)\n")
     return {
         **ours,
