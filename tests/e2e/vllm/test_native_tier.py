@@ -274,7 +274,9 @@ def test_other_settings_share_nothing(
     one = opened(disk)
     one.store(blocks)
     flush(one)
-    assert opened(disk, vllm_config(llama, **options)).find(list(blocks)) == {}
+    other = opened(disk, vllm_config(llama, **options))
+    assert other.tier._rows is not None  # it is on, and finds nothing
+    assert other.find(list(blocks)) == {}
     assert same(opened(disk).find(list(blocks)), blocks)
 
 
@@ -287,7 +289,10 @@ def test_another_dtype_of_the_cache_shares_nothing(
     flush(one)
     config = vllm_config(llama)
     config.cache_config.cache_dtype = "bfloat16"  # vLLM 0.33 takes none but the model's here
-    assert opened(disk, config).find(list(blocks)) == {}
+    other = opened(disk, config)
+    assert other.tier._rows is not None  # it is on, and finds nothing
+    assert other.find(list(blocks)) == {}
+    assert same(opened(disk).find(list(blocks)), blocks)
 
 
 def test_other_weights_of_the_same_name_share_nothing(
