@@ -93,7 +93,7 @@ class Servers:
         self,
         names: Sequence[bytes],
         request: Callable[[int], Sequence[Buffer]],
-        answer: Callable[[Lane[Link], bytes], T],
+        answer: Callable[[Lane[Link], int, bytes], T],
         ahead: int,
         timeout: float,
     ) -> Iterator[tuple[int, T]]:
@@ -108,7 +108,7 @@ class Servers:
                         sent_on[self._redirected(line, lanes[0].wire)].append(i)
                         self._turn(lanes)
                         continue
-                    got = answer(lanes[0], line)
+                    got = answer(lanes[0], i, line)
                     self._turn(lanes)
                     yield i, got
                     del got
@@ -234,7 +234,7 @@ class Link(Wire):
     def ask(self, *command: object, timeout: float) -> Any:
         """A command whose answer is not bulk, through redis-py's own parser."""
         try:
-            self._connection._sock.settimeout(timeout)
+            self.begin(timeout)
             self._connection.send_command(*command, check_health=False)
             return self._connection.read_response()
         except redis.RedisError as error:

@@ -23,6 +23,10 @@ _KEPT = 16
 """Idle connections to keep to each server."""
 _SMALL = 16 << 10
 """Bytes of the buffer that replies are read through, and of parts that TLS sends together."""
+_FEW_PACKETS = 128 << 10
+"""Bytes for which waiting for all of them is not worth the system calls."""
+_AT_ONCE = 2 << 20
+"""Bytes of a value to wait for before any is read."""
 
 Buffer = bytes | memoryview
 
@@ -47,13 +51,16 @@ class Wire:
         self._bytes = bytearray(_SMALL)
         self._buffer = memoryview(self._bytes)
         self._start = self._end = 0
+        self._low = 1
+        """Bytes that have to be there before the system wakes us."""
         self._deadline = self._patience = 0.0
 
     def begin(self, timeout: float) -> None:
         """From now on, wait for at most `timeout` seconds, and longer only for what moves."""
-        self._patience = timeout
         self._deadline = time.monotonic() + timeout
-        self._sock.settimeout(timeout)  # once: it costs a system call
+        if timeout != self._patience:  # it costs a system call
+            self._patience = timeout
+            self._sock.settimeout(timeout)
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Write buffers that follow each other, without joining them."""
@@ -82,19 +89,19 @@ class Wire:
     def line(self, end: bytes = b"\r\n") -> bytes:
         """The next line, without its end."""
         while (at := self._bytes.find(end, self._start, self._end)) < 0:
-            self._make_room()
-            self._end += self._receive(self._buffer[self._end :])
+            self._receive_more()
         line = bytes(self._buffer[self._start : at])
         self._start = at + len(end)
         return line
 
-    def _make_room(self) -> None:
-        """Move what is buffered to the front, so that more can be read behind it."""
+    def _receive_more(self) -> None:
+        """Read what there is behind what is buffered, which is moved to the front."""
         rest = bytes(self._buffer[self._start : self._end])
         self._buffer[: len(rest)] = rest
         self._start, self._end = 0, len(rest)
         if len(rest) == _SMALL:
             raise StorageError("the answer is not what the protocol says: a line without an end")
+        self._end += self._receive(self._buffer[self._end :])
 
     def read_into(self, target: memoryview) -> None:
         """Fill `target` with what comes next."""
@@ -102,14 +109,31 @@ class Wire:
         target[:ready] = self._buffer[self._start : self._start + ready]
         self._start += ready
         while ready < target.nbytes:
+            self._wait_for(target.nbytes - ready)
             ready += self._receive(target[ready:])
+        self._wait_for(1)
+
+    def _wait_for(self, nbytes: int) -> None:
+        """Have the system wake us when so many bytes are there, or _AT_ONCE, and not for each
+        packet: every time costs a turn at a core, and one at the interpreter. What moves at
+        SLOWEST still comes within the patience."""
+        if isinstance(self._sock, ssl.SSLSocket):  # it may have taken some of them already
+            return
+        most = min(_AT_ONCE, int(self._patience * SLOWEST) // 2)
+        low = max(1, min(nbytes, most)) if nbytes > _FEW_PACKETS else 1
+        if low != self._low:
+            with contextlib.suppress(OSError):  # a system that cannot wakes us more often
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
+            self._low = low
 
     def expect(self, text: bytes) -> None:
         """Read `text`; raises StorageError where something else comes."""
-        got = bytearray(len(text))
-        self.read_into(memoryview(got))
-        if got != text:
+        while self._end - self._start < len(text):
+            self._receive_more()
+        end = self._start + len(text)
+        if self._buffer[self._start : end] != text:
             raise StorageError("the answer is not what the protocol says: a value of another size")
+        self._start = end
 
     def is_quiet(self) -> bool:
         """Whether the other side is still there and says nothing unasked."""
@@ -220,7 +244,9 @@ class Lane(Generic[W]):
         self._request = request
 
     def fill(self) -> None:
-        """Ask for as many as may be under way."""
+        """Ask for as many as may be under way, once half of them are answered."""
+        if len(self._asked) > self.ahead // 2:
+            return
         parts: list[Buffer] = []
         while self._waiting and len(self._asked) < self.ahead:
             i = self._waiting.popleft()

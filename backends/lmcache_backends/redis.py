@@ -4,8 +4,8 @@
 
 redis-py connects, authenticates and encrypts; the bulk goes over its sockets by our own hands:
 commands of a batch follow each other without waiting, values are read into their destination and
-written from where they lie. Redis copies every reply that waits to be read, so no more than two
-values (or 512 KiB) are asked for ahead: with 32 the same server gives half the bytes a second.
+written from where they lie. Redis copies all of a reply before it sends any of it, and much of
+that into memory which it has to get first: so a value is asked for in pieces, two ahead.
 
 Which chunks stay is the server's affair (`maxmemory-policy`); a `ttl` is ours.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -33,8 +34,9 @@ from lmcache_core import (
 
 LARGEST = 512 << 20
 """Bytes of the largest value that Redis takes."""
+PIECE = 2 << 20
+"""Bytes of a value that are asked for at once."""
 _FEW = 2
-_AHEAD_BYTES = 512 << 10
 _MANY = 4096
 """Commands with short answers that may be under way on one connection."""
 _OPEN_SECONDS = 1.0
@@ -120,26 +122,77 @@ class RedisBackend(StorageBackend):
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
     ) -> Iterator[tuple[int, Parts]]:
         names = self._names(keys)
+        sizes = dict(self._numbers(b"STRLEN", names, timeout))
+        odd = [i for i, nbytes in sizes.items() if not 0 < nbytes <= LARGEST]
+        for i in odd:
+            del sizes[i]
+        yield from self._whole(names, odd, allocate, timeout)
+        yield from self._joined(names, sizes, allocate, timeout)
 
-        def value(lane: Lane[Link], line: bytes) -> Parts | None:
+    def _whole(
+        self, names: Sequence[bytes], places: Sequence[int], allocate: Allocate, timeout: float
+    ) -> Iterator[tuple[int, Parts]]:
+        """What there is at these places of `names`, of which a length says too little: one of 0
+        has a key that is missing, too."""
+
+        def request(n: int) -> list[Buffer]:
+            return [encode(b"GET", names[places[n]])]
+
+        def value(lane: Lane[Link], n: int, line: bytes) -> memoryview | None:
             if line.startswith(b"-WRONGTYPE"):
-                return [memoryview(b"")]  # not a frame, which the tier finds out and removes
+                return memoryview(b"")  # not a frame, which the tier finds out and removes
             nbytes = _number(lane, line, b"$")
             if nbytes < 0:
                 return None
-            lane.ahead = max(_FEW, _AHEAD_BYTES // max(nbytes, 1))
             buffer = allocate(nbytes)
             lane.wire.read_into(buffer)
             lane.wire.expect(_END)
-            return [buffer]
+            return buffer
 
-        def request(i: int) -> list[Buffer]:
-            return [encode(b"GET", names[i])]
+        asked = [names[i] for i in places]
+        for n, buffer in self._servers.batch(asked, request, value, _FEW, timeout):
+            if buffer is not None:
+                yield places[n], [buffer]
+            del buffer
 
-        for i, parts in self._servers.batch(names, request, value, _FEW, timeout):
-            if parts is not None:
-                yield i, parts
-            del parts
+    def _joined(
+        self, names: Sequence[bytes], sizes: dict[int, int], allocate: Allocate, timeout: float
+    ) -> Iterator[tuple[int, Parts]]:
+        """Values of these sizes from their pieces, by place in `names`."""
+        pieces = [
+            (i, begin, min(begin + PIECE, nbytes))
+            for i, nbytes in sorted(sizes.items())
+            for begin in range(0, nbytes, PIECE)
+        ]
+        left = Counter(i for i, _, _ in pieces)
+        buffers: dict[int, memoryview] = {}
+        gone: set[int] = set()
+
+        def request(n: int) -> list[Buffer]:
+            i, begin, end = pieces[n]
+            return [encode(b"GETRANGE", names[i], b"%d" % begin, b"%d" % (end - 1))]
+
+        def piece(lane: Lane[Link], n: int, line: bytes) -> None:
+            i, begin, end = pieces[n]
+            nbytes = _number(lane, line, b"$")
+            if i not in buffers:
+                buffers[i] = allocate(sizes[i])
+            if nbytes < end - begin:  # removed meanwhile, or replaced
+                gone.add(i)
+                end = begin + max(0, nbytes)
+            lane.wire.read_into(buffers[i][begin:end])
+            lane.wire.expect(_END)
+
+        places = [names[i] for i, _, _ in pieces]
+        ahead = max(_FEW, PIECE // max(sizes.values(), default=PIECE))
+        for n, _ in self._servers.batch(places, request, piece, ahead, timeout):
+            i = pieces[n][0]
+            left[i] -= 1
+            if not left[i]:
+                buffer = buffers.pop(i)
+                if i not in gone:
+                    yield i, [buffer]
+                del buffer
 
     def put(
         self,
@@ -170,7 +223,8 @@ class RedisBackend(StorageBackend):
         for address in self._servers.addresses(_SCAN_SECONDS):
             for names in self._scan(address):
                 for i, nbytes in self._numbers(b"STRLEN", names, _SCAN_SECONDS):
-                    yield Stored(ChunkKey.parse(names[i][len(self._prefix) :].decode()), nbytes)
+                    key = ChunkKey.parse(names[i][len(self._prefix) :].decode())
+                    yield Stored(key, max(0, nbytes))
 
     def _scan(self, address: Address) -> Iterator[list[bytes]]:
         """The names of our keys on one server, in portions; a key may come twice."""
@@ -208,14 +262,14 @@ class RedisBackend(StorageBackend):
     def _numbers(
         self, command: bytes, names: Sequence[bytes], timeout: float, *arguments: bytes
     ) -> Iterator[tuple[int, int]]:
-        """(index, answer) of a command that says a number of each key."""
+        """(index, answer) of a command that says a number of each key; -1 where it is no string."""
 
         def request(i: int) -> list[Buffer]:
             return [encode(command, names[i], *arguments)]
 
-        def number(lane: Lane[Link], line: bytes) -> int:
+        def number(lane: Lane[Link], i: int, line: bytes) -> int:
             if line.startswith(b"-WRONGTYPE"):
-                return 0
+                return -1
             return _number(lane, line, b":")
 
         return self._servers.batch(names, request, number, _MANY, timeout)
@@ -229,7 +283,7 @@ def _number(lane: Lane[Link], line: bytes, kind: bytes) -> int:
     raise _unexpected(lane, line)
 
 
-def _taken(lane: Lane[Link], line: bytes) -> bool:
+def _taken(lane: Lane[Link], i: int, line: bytes) -> bool:
     """The answer to SET NX: whether the value is there now."""
     if line in (b"+OK", b"$-1"):
         return True

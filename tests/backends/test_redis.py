@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import redis as stock
+from redis.backoff import NoBackoff
 from redis.crc import key_slot
+from redis.retry import Retry
 
 import lmcache_core
-from lmcache_backends.redis import RedisBackend, RedisOptions
+from lmcache_backends.redis import PIECE, RedisBackend, RedisOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
@@ -138,6 +140,53 @@ def test_values_are_neither_copied_nor_joined(backend: RedisBackend) -> None:
     assert peak < 200_000
     assert got[0].obj is target.obj
     assert target == b"".join(parts)
+
+
+def test_a_value_waits_in_the_server_in_pieces_only(tmp_path: Path) -> None:
+    """What Redis has copied and nobody has read yet is less than two of them and a bit."""
+    port = free_port()
+    limit = ["--client-output-buffer-limit", "normal", str(2 * PIECE + 100_000), "0", "0"]
+    with running(redis_server(tmp_path, port, *limit)):
+        backend = opener(port)()
+        nbytes = 6 * PIECE + 5
+        put(backend, 1, 2, nbytes=nbytes)
+        assert everything(backend, 1, 2, nbytes=nbytes)
+        once = Retry(NoBackoff(), 0)
+        with stock.Redis(port=port, retry=once) as whole, pytest.raises(stock.ConnectionError):
+            whole.get(f"lmcache:{key(1)}")
+        backend.close()
+
+
+@pytest.mark.parametrize("nbytes", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE])
+def test_pieces_meet_where_they_should(backend: RedisBackend, nbytes: int) -> None:
+    put(backend, 1, 2, 3, nbytes=nbytes)
+    put(backend, 4, nbytes=10)
+    assert get(backend, 4, 3, 9, 1) == {
+        4: value(4, 10),
+        3: value(3, nbytes),
+        1: value(1, nbytes),
+    }
+
+
+@pytest.mark.parametrize("then", [None, 5, 4 * PIECE, 20 * PIECE])
+def test_a_value_that_goes_while_it_is_read_is_a_miss(
+    client: stock.Redis, backend: RedisBackend, then: int | None
+) -> None:
+    """Or another one is there meanwhile, of `then` bytes; those behind it come all the same."""
+    nbytes = 10 * PIECE
+    put(backend, 1, 2, nbytes=nbytes)
+
+    def change_and_allocate(n: int) -> memoryview:
+        client.delete(f"lmcache:{key(1)}")
+        if then is not None:
+            client.set(f"lmcache:{key(1)}", bytes(then))
+        return allocate(n)
+
+    found = {i: b"".join(parts) for i, parts in backend.get(keys(1, 2), change_and_allocate, LONG)}
+    mixed = found.pop(0, None)  # whose checksum says that it is neither
+    assert (mixed is not None) == (then is not None and then > nbytes)
+    assert found == {1: value(2, nbytes)}
+    assert here(backend, 2) == [True]
 
 
 def test_two_nodes_that_store_the_same_chunk_keep_the_first(
@@ -352,7 +401,7 @@ def test_a_replica_serves_loads_and_refuses_stores(tmp_path: Path) -> None:
 def guarded(tmp_path: Path) -> Iterator[int]:
     """A server with a password, and a user who may do just what we need."""
     port = free_port()
-    rights = "+ping +exists +get +set +unlink +touch +pexpire +scan +strlen"
+    rights = "+ping +exists +get +getrange +set +unlink +touch +pexpire +scan +strlen"
     user = ["--user", "kv", "on", ">kv-pass-word", "~lmcache:*", *rights.split()]
     guard = ["--requirepass", "pass-word", *user]
     with running(redis_server(tmp_path, port, *guard, ready=b"-NOAUTH")):

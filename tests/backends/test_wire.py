@@ -6,10 +6,12 @@ import contextlib
 import random
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,18 +21,38 @@ from lmcache_backends._options import Address
 from lmcache_backends._wire import SLOWEST, Wire
 from lmcache_core import StorageError
 from tests.certificates import Authority
+from tests.servers import eventually
 
 ADDRESS = Address("here", 1)
 PIECE = st.binary(min_size=0, max_size=40_000)
+KINDS = ("unix", "tcp")
+
+
+class Counting(socket.socket):
+    """Counts how often it is read."""
+
+    reads = 0
+
+    def recv_into(self, *arguments: Any) -> int:
+        Counting.reads += 1
+        return super().recv_into(*arguments)
 
 
 @contextlib.contextmanager
-def pair(timeout: float = 5.0) -> Iterator[tuple[Wire, socket.socket]]:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        wire = Wire(ours, ADDRESS)
+def pair(kind: str = "tcp", timeout: float = 5.0) -> Iterator[tuple[Wire, socket.socket]]:
+    """A wire and the other end of it."""
+    ours, theirs = socket.socketpair() if kind == "unix" else connected()
+    with Counting(fileno=ours.detach()) as counting, theirs:
+        wire = Wire(counting, ADDRESS)
         wire.begin(timeout)
         yield wire, theirs
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        return ours, server.accept()[0]
 
 
 @contextlib.contextmanager
@@ -54,11 +76,12 @@ def sending(sock: socket.socket, data: bytes, cuts: list[int]) -> Iterator[None]
     st.lists(st.one_of(st.text("abc 1$", max_size=60), PIECE), max_size=12),
     st.lists(st.integers(0, 1 << 20), max_size=20),
 )
+@pytest.mark.parametrize("kind", KINDS)
 def test_lines_and_values_come_back_however_they_are_cut(
-    items: list[str | bytes], cuts: list[int]
+    kind: str, items: list[str | bytes], cuts: list[int]
 ) -> None:
     data = b"".join(i if isinstance(i, bytes) else i.encode() + b"\r\n" for i in items)
-    with pair() as (wire, theirs), sending(theirs, data, cuts):
+    with pair(kind) as (wire, theirs), sending(theirs, data, cuts):
         for item in items:
             if isinstance(item, str):
                 assert wire.line() == item.encode()
@@ -70,9 +93,10 @@ def test_lines_and_values_come_back_however_they_are_cut(
 
 
 @given(st.lists(PIECE, max_size=2000))
-def test_parts_are_sent_in_order(parts: list[bytes]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_are_sent_in_order(kind: str, parts: list[bytes]) -> None:
     data = b"".join(parts)
-    with pair() as (wire, theirs):
+    with pair(kind) as (wire, theirs):
         got = bytearray(len(data))
         reader = threading.Thread(target=read_all, args=(theirs, got))
         reader.start()
@@ -111,9 +135,11 @@ def test_the_end_of_the_connection_is_an_error() -> None:
         assert not wire.is_quiet()
 
 
-def test_silence_and_a_full_pipe_cost_the_patience_and_no_more() -> None:
-    with pair(0.1) as (wire, _):
-        for step in (wire.line, lambda: wire.read_into(memoryview(bytearray(4)))):
+@pytest.mark.parametrize("kind", KINDS)
+def test_silence_and_a_full_pipe_cost_the_patience_and_no_more(kind: str) -> None:
+    with pair(kind, 0.1) as (wire, _):
+        small, large = memoryview(bytearray(4)), memoryview(bytearray(1 << 20))
+        for step in (wire.line, lambda: wire.read_into(small), lambda: wire.read_into(large)):
             wire.begin(0.1)
             began = time.monotonic()
             with pytest.raises(TimeoutError, match="no answer"):
@@ -124,9 +150,10 @@ def test_silence_and_a_full_pipe_cost_the_patience_and_no_more() -> None:
             wire.send([bytes(64 << 20)])
 
 
-def test_a_trickle_is_no_progress() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trickle_is_no_progress(kind: str) -> None:
     """A byte in a while keeps no call alive; SLOWEST bytes a second do."""
-    with pair() as (wire, theirs):
+    with pair(kind) as (wire, theirs):
         stop = threading.Event()
 
         def trickle() -> None:
@@ -140,19 +167,60 @@ def test_a_trickle_is_no_progress() -> None:
             wire.read_into(memoryview(bytearray(1 << 20)))
         stop.set()
         thread.join()
+    for portion, pause in ((bytes(SLOWEST // 10), 0.05), (bytes(SLOWEST // 100), 0.005)):
+        count = SLOWEST * 4 // 5 // len(portion)
+        with pair(kind) as (wire, theirs):
+
+            def steady(sock: socket.socket, portion: bytes, pause: float, count: int) -> None:
+                for _ in range(count):
+                    sock.sendall(portion)
+                    time.sleep(pause)
+
+            thread = threading.Thread(target=steady, args=(theirs, portion, pause, count))
+            thread.start()
+            wire.begin(0.2)  # less than it takes in all
+            wire.read_into(memoryview(bytearray(len(portion) * count)))
+            thread.join()
+
+
+def test_a_value_that_comes_in_many_packets_wakes_its_reader_a_few_times() -> None:
+    """Each time costs a turn at a core, and one at the interpreter."""
+    data, portion = random.Random(3).randbytes(4 << 20), 64 << 10
     with pair() as (wire, theirs):
-        portion, count = bytes(SLOWEST // 10), 8
 
-        def steady() -> None:
-            for _ in range(count):
-                theirs.sendall(portion)
-                time.sleep(0.05)
+        def send() -> None:
+            for begin in range(0, len(data), portion):
+                theirs.sendall(data[begin : begin + portion])
+                time.sleep(0.001)
 
-        thread = threading.Thread(target=steady)
+        thread = threading.Thread(target=send)
         thread.start()
-        wire.begin(0.2)  # less than it takes in all
-        wire.read_into(memoryview(bytearray(len(portion) * count)))
+        target = memoryview(bytearray(len(data)))
+        Counting.reads = 0
+        wire.read_into(target)
+        assert Counting.reads <= 4
+        assert target == data
         thread.join()
+        assert wire.is_quiet()
+        theirs.sendall(b"+")  # a single byte is noticed again
+        eventually(lambda: not wire.is_quiet())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_value_that_is_cut_is_an_error_at_once(kind: str, reset: bool) -> None:
+    """However few bytes of it have come; not after the patience."""
+    with pair(kind, 20.0) as (wire, theirs):
+        theirs.sendall(bytes(1000))
+        if reset and kind == "tcp":
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        closing = threading.Timer(0.1, theirs.close)
+        closing.start()
+        began = time.monotonic()
+        with pytest.raises((StorageError, ConnectionError)):
+            wire.read_into(memoryview(bytearray(8 << 20)))
+        assert time.monotonic() - began < 10.0
+        closing.join()
 
 
 def test_what_nobody_asked_for_is_noticed() -> None:
