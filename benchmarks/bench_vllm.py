@@ -4,6 +4,8 @@ prefix cache, computed.
     python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--vllm .cache/vllm/bin/python]
 
 Where a CPU emulates bfloat16, a run of `--dtype float32 --lengths 1193` ends within half an hour.
+`--hits 21` measures only *own hit* and *same process*, each so many times: to know them closely
+where computing a prompt takes long. Its ratios are medians of those of neighbours.
 
 Every engine is a process of its own with an engine core and a worker below it, as vLLM starts them
 by default; all of them compute on all cores but the last, which is what vLLM chooses without a
@@ -248,15 +250,32 @@ class Bench:
         return figures, bursts
 
     def _round(self, figures: Figures, engine: Engine, prompt: list[int], number: int) -> None:
-        hit = (len(prompt) - 1) // BLOCK * BLOCK
         for ours in in_turn(number):
             if ours:
                 add(figures, "cold", engine.ttft(prompt, 0))
                 engine.forget()
             else:
                 add(figures, "alone cold", self._alone.ttft(prompt, 0))
+        self._hit(figures, engine, prompt, number)
+
+    def hits(self, name: str, count: int) -> dict[int, Figures]:
+        """TTFT by length of one connector where all but the end of a prompt is stored."""
+        figures: dict[int, Figures] = {length: {} for length in self._lengths}
+        with connector(name) as settings, self._engine(settings) as engine:
+            for length in self._lengths:
+                prompt = self._text.prompt(length)
+                for each in (engine, self._alone):
+                    each.ttft(prompt, 0)
+                engine.forget()
+                for number in range(count):
+                    self._hit(figures[length], engine, prompt, number)
+        return figures
+
+    def _hit(self, figures: Figures, engine: Engine, prompt: list[int], number: int) -> None:
+        hit = (len(prompt) - 1) // BLOCK * BLOCK
         for ours in in_turn(number):
             if ours:
+                engine.ask("reset")
                 add(figures, "same", engine.ttft(prompt, hit))
             else:
                 add(figures, "alone same", self._alone.ttft(prompt, hit))
@@ -336,6 +355,20 @@ def ttft_table(length: int, figures: dict[str, Figures], about: str) -> Table:
     return table
 
 
+def hits_table(length: int, figures: dict[str, Figures], about: str) -> Table:
+    """One row a connector."""
+    table = Table(title=f"TTFT of {length:,} tokens that are stored, ms; {about}")
+    for column in ("KV from", "TTFT", "vLLM's own hit", "ratio", "quartiles"):
+        table.add_column(column, justify="left" if column == "KV from" else "right")
+    for name, figure in figures.items():
+        ours, alone = figure["same"], figure["alone same"]
+        ratios = [a / b for a, b in zip(ours, alone, strict=True)]
+        low, middle, high = (f"{q:.3f}" for q in statistics.quantiles(ratios, method="inclusive"))
+        row = (milliseconds(ours), milliseconds(alone), middle, f"{low} to {high}")
+        table.add_row(name, *row)
+    return table
+
+
 def milliseconds(seconds: Sequence[float]) -> str:
     """Their median."""
     return f"{1e3 * statistics.median(seconds):,.1f}"
@@ -387,17 +420,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", help="float32 where a CPU emulates it")
     parser.add_argument("--lengths", default="1193,3793", help="of prompts, with commas")
+    parser.add_argument("--hits", type=int, metavar="N",
+                        help="measure only hits in the same process, each N times")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--write", action="store_true", help="into docs/vllm.md")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     lengths = [int(length) for length in options.lengths.split(",")]
+    names = options.tiers.split(",")
+    about = f"{options.dtype}; {machine()}"
     with Bench(options.vllm, options.dtype, Text(), lengths, rounds) as bench:
+        if options.hits:
+            hits = {name: bench.hits(name, options.hits) for name in names}
+            for n in lengths:
+                console.print(hits_table(n, {name: hits[name][n] for name in names}, about))
+            return
         got = {}
-        for name in options.tiers.split(","):
+        for name in names:
             with console.status(f"{name} ..."):
                 got[name] = bench.measure(name)
-    about = f"{options.dtype}; {machine()}"
     tables = [
         ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, about) for n in lengths
     ]
