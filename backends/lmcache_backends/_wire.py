@@ -160,9 +160,9 @@ class Wire:
             now = time.monotonic()
         except TimeoutError:
             now, moved = self._deadline + 1.0, 0
+        self._deadline = min(now + self._patience, self._deadline + moved / SLOWEST)
         if now > self._deadline:
             raise TimeoutError(f"no answer within {self._patience:.3g} s")
-        self._deadline = min(now + self._patience, self._deadline + moved / SLOWEST)
         return moved
 
 

@@ -183,6 +183,25 @@ def test_a_trickle_is_no_progress(kind: str) -> None:
             thread.join()
 
 
+def test_a_value_that_begins_late_has_the_time_that_its_bytes_take() -> None:
+    """What was left of the patience is less."""
+    with pair() as (wire, theirs):
+        nbytes = SLOWEST // 8
+
+        def late() -> None:
+            time.sleep(0.02)
+            theirs.sendall(bytes(nbytes))
+
+        theirs.sendall(b"$\r\n")
+        wire.begin(5.0)
+        wire.line()
+        wire._deadline = time.monotonic() + 0.005
+        thread = threading.Thread(target=late)
+        thread.start()
+        wire.read_into(memoryview(bytearray(nbytes)))
+        thread.join()
+
+
 def test_a_value_that_comes_in_many_packets_wakes_its_reader_a_few_times() -> None:
     """Each time costs a turn at a core, and one at the interpreter."""
     data, portion = random.Random(3).randbytes(4 << 20), 64 << 10
