@@ -137,21 +137,32 @@ class Wire:
 
     def is_quiet(self) -> bool:
         """Whether the other side is still there and says nothing unasked."""
-        if self._start != self._end:
-            return False
+        return self._start == self._end and not self._is_readable()
+
+    def _is_readable(self) -> bool:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
-        return not poll.poll(0)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Close the socket."""
         self._sock.close()
 
     def _receive(self, target: memoryview) -> int:
-        n = self._move(self._sock.recv_into, target)
+        n = self._move(self._receive_some, target)
         if n == 0:
             raise StorageError("the server closed the connection")
         return n
+
+    def _receive_some(self, target: memoryview) -> int:
+        """What has come when the patience ends counts, though it is less than was waited for."""
+        try:
+            return self._sock.recv_into(target)
+        except TimeoutError:
+            self._wait_for(1)
+            if not self._is_readable():
+                raise
+            return self._sock.recv_into(target)
 
     def _move(self, step: Callable[..., int], what: object) -> int:
         """How many bytes one system call moved; the patience grows with them."""
@@ -239,6 +250,8 @@ class Lane(Generic[W]):
         """`request`: the command for a place in the batch. `ahead`: how many may be under way."""
         self.wire = wire
         self.ahead = ahead
+        self.goes_on = False
+        """Whether the next answer is a part of what the last one was: the patience is, too."""
         self._waiting = deque(waiting)
         self._asked: deque[int] = deque()
         self._request = request
@@ -257,7 +270,8 @@ class Lane(Generic[W]):
 
     def next(self, timeout: float) -> tuple[int, bytes]:
         """Which is answered next, and the first line of its answer."""
-        self.wire.begin(timeout)
+        if not self.goes_on:
+            self.wire.begin(timeout)
         line = self.wire.line()
         return self._asked.popleft(), line
 

@@ -176,6 +176,7 @@ class MemcachedBackend(StorageBackend):
         def piece(lane: Lane[Wire], n: int, line: bytes) -> bool:
             i, number = pieces[n]
             begin, end = heads[i].span(number)
+            lane.goes_on = number + 1 < heads[i].pieces
             if line.startswith(b"EN"):
                 return False
             nbytes, _ = value_follows(lane.wire, line)

@@ -5,7 +5,7 @@
 redis-py connects, authenticates and encrypts; the bulk goes over its sockets by our own hands:
 commands of a batch follow each other without waiting, values are read into their destination and
 written from where they lie. Redis copies all of a reply before it sends any of it, and much of
-that into memory which it has to get first: so a value is asked for in pieces, two ahead.
+that into memory which it has to get first: so a large value is asked for in pieces, two ahead.
 
 Which chunks stay is the server's affair (`maxmemory-policy`); a `ttl` is ours.
 """
@@ -35,7 +35,7 @@ from lmcache_core import (
 LARGEST = 512 << 20
 """Bytes of the largest value that Redis takes."""
 PIECE = 2 << 20
-"""Bytes of a value that are asked for at once."""
+"""Bytes that are asked for at once: of a value, or of values that are smaller."""
 _FEW = 2
 _MANY = 4096
 """Commands with short answers that may be under way on one connection."""
@@ -123,17 +123,21 @@ class RedisBackend(StorageBackend):
     ) -> Iterator[tuple[int, Parts]]:
         names = self._names(keys)
         sizes = dict(self._numbers(b"STRLEN", names, timeout))
-        odd = [i for i, nbytes in sizes.items() if not 0 < nbytes <= LARGEST]
-        for i in odd:
-            del sizes[i]
-        yield from self._whole(names, odd, allocate, timeout)
-        yield from self._joined(names, sizes, allocate, timeout)
+        large = {i: nbytes for i, nbytes in sizes.items() if PIECE < nbytes <= LARGEST}
+        small = [i for i in sizes if i not in large]
+        ahead = max(_FEW, PIECE // max([1, *(sizes[i] for i in small)]))
+        yield from self._whole(names, small, allocate, ahead, timeout)
+        yield from self._joined(names, large, allocate, timeout)
 
     def _whole(
-        self, names: Sequence[bytes], places: Sequence[int], allocate: Allocate, timeout: float
+        self,
+        names: Sequence[bytes],
+        places: Sequence[int],
+        allocate: Allocate,
+        ahead: int,
+        timeout: float,
     ) -> Iterator[tuple[int, Parts]]:
-        """What there is at these places of `names`, of which a length says too little: one of 0
-        has a key that is missing, too."""
+        """Values at these places of `names`, whatever they are now."""
 
         def request(n: int) -> list[Buffer]:
             return [encode(b"GET", names[places[n]])]
@@ -150,7 +154,7 @@ class RedisBackend(StorageBackend):
             return buffer
 
         asked = [names[i] for i in places]
-        for n, buffer in self._servers.batch(asked, request, value, _FEW, timeout):
+        for n, buffer in self._servers.batch(asked, request, value, ahead, timeout):
             if buffer is not None:
                 yield places[n], [buffer]
             del buffer
@@ -170,27 +174,31 @@ class RedisBackend(StorageBackend):
 
         def request(n: int) -> list[Buffer]:
             i, begin, end = pieces[n]
-            return [encode(b"GETRANGE", names[i], b"%d" % begin, b"%d" % (end - 1))]
+            last = end if end == sizes[i] else end - 1  # one byte more shows a longer value
+            return [encode(b"GETRANGE", names[i], b"%d" % begin, b"%d" % last)]
 
         def piece(lane: Lane[Link], n: int, line: bytes) -> None:
             i, begin, end = pieces[n]
-            nbytes = _number(lane, line, b"$")
-            if i not in buffers:
-                buffers[i] = allocate(sizes[i])
-            if nbytes < end - begin:  # removed meanwhile, or replaced
+            lane.goes_on = end < sizes[i]
+            nbytes = -1 if line.startswith(b"-WRONGTYPE") else _number(lane, line, b"$")
+            if nbytes != end - begin:  # removed meanwhile, or replaced
                 gone.add(i)
-                end = begin + max(0, nbytes)
-            lane.wire.read_into(buffers[i][begin:end])
-            lane.wire.expect(_END)
+                target = memoryview(bytearray(max(0, min(nbytes, PIECE + 1))))
+            else:
+                if i not in buffers:
+                    buffers[i] = allocate(sizes[i])
+                target = buffers[i][begin:end]
+            if nbytes >= 0:
+                lane.wire.read_into(target)
+                lane.wire.expect(_END)
 
-        places = [names[i] for i, _, _ in pieces]
-        ahead = max(_FEW, PIECE // max(sizes.values(), default=PIECE))
-        for n, _ in self._servers.batch(places, request, piece, ahead, timeout):
+        asked = [names[i] for i, _, _ in pieces]
+        for n, _ in self._servers.batch(asked, request, piece, _FEW, timeout):
             i = pieces[n][0]
             left[i] -= 1
             if not left[i]:
-                buffer = buffers.pop(i)
-                if i not in gone:
+                buffer = buffers.pop(i, None)
+                if buffer is not None and i not in gone:
                     yield i, [buffer]
                 del buffer
 

@@ -143,16 +143,22 @@ class RemoteConformance:
             assert everything(backend, *range(4), nbytes=nbytes)
         backend.close()
 
-    def test_a_line_that_is_too_slow_is_given_up(self, proxy: Proxy) -> None:
+    @pytest.mark.parametrize(
+        ("nbytes", "rate"), [(900_000, 100_000.0), (24 * MIB, 8_000_000.0)], ids=["small", "large"]
+    )
+    def test_a_line_that_is_too_slow_is_given_up(
+        self, proxy: Proxy, nbytes: int, rate: float
+    ) -> None:
+        """However many pieces a value has: not each of them has the patience."""
         backend = self.opener(proxy.port)()
-        put(backend, 1, nbytes=900_000)
-        proxy.rate = 100_000.0
+        put(backend, 1, nbytes=nbytes)
+        proxy.rate = rate
         began = time.monotonic()
         with pytest.raises(TimeoutError):
             get(backend, 1, timeout=SHORT)
         assert time.monotonic() - began < 2.0
         proxy.heal()
-        assert everything(backend, 1, nbytes=900_000)
+        assert everything(backend, 1, nbytes=nbytes)
         backend.close()
 
     def test_tls_with_a_certificate_on_both_sides(self, tls: tuple[int, Authority]) -> None:

@@ -202,6 +202,24 @@ def test_a_value_that_begins_late_has_the_time_that_its_bytes_take() -> None:
         thread.join()
 
 
+def test_a_value_that_goes_on_after_a_pause_is_not_given_up() -> None:
+    """At the end of the patience less than was waited for is there: it moves all the same."""
+    with pair() as (wire, theirs):
+        nbytes = SLOWEST // 8
+
+        def late() -> None:
+            time.sleep(0.1)
+            theirs.sendall(bytes(nbytes - 1000))
+            time.sleep(0.32)
+            theirs.sendall(bytes(1000))
+
+        wire.begin(0.4)
+        thread = threading.Thread(target=late)
+        thread.start()
+        wire.read_into(memoryview(bytearray(nbytes)))
+        thread.join()
+
+
 def test_a_value_that_comes_in_many_packets_wakes_its_reader_a_few_times() -> None:
     """Each time costs a turn at a core, and one at the interpreter."""
     data, portion = random.Random(3).randbytes(4 << 20), 64 << 10
