@@ -30,7 +30,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Annotated
 
 import numpy as np
@@ -698,13 +698,15 @@ def main(arguments: Sequence[str]) -> int:
     command, *names = arguments or ["help"]
     if command == "list" and not names:
         for name, path in _pools():
-            print(f"{name}\t{_described(path)}")
+            with suppress(FileNotFoundError):  # removed meanwhile, as everywhere below
+                print(f"{name}\t{_described(path)}")
     elif command == "clear":
         pools = dict(_pools())
         for name, path in pools.items():
-            if name in names or not (names or _members(path)):
-                os.unlink(path)
-                print(f"{name}\tremoved")
+            with suppress(FileNotFoundError):
+                if name in names or not (names or _members(path)):
+                    os.unlink(path)
+                    print(f"{name}\tremoved")
         missing = [name for name in names if name not in pools]
         if missing:
             print(f"no such pool: {', '.join(missing)}", file=sys.stderr)
@@ -718,8 +720,12 @@ def main(arguments: Sequence[str]) -> int:
 def _pools() -> list[tuple[str, str]]:
     """Name and file of this user's pools."""
     prefix = path_of("")
-    paths = (path for path in glob.glob(f"{prefix}*") if os.stat(path).st_uid == os.getuid())
-    return [(path.removeprefix(prefix), path) for path in sorted(paths)]
+    pools = []
+    for path in sorted(glob.glob(f"{prefix}*")):
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_uid == os.getuid():
+                pools.append((path.removeprefix(prefix), path))
+    return pools
 
 
 def _members(path: str) -> int:

@@ -861,6 +861,30 @@ def test_list_and_clear(pool: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "clear [POOL...]" in capsys.readouterr().err
 
 
+def test_pools_may_go_while_others_are_listed_and_cleared(
+    pool: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = threading.Event()
+
+    def come_and_go() -> None:
+        paths = [RawPool(f"{pool}.{n}").path for n in range(20)]
+        while not stop.is_set():
+            for path in paths:
+                path.touch()
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for n in range(300):
+            assert main(["list"]) == 0
+            main(["clear", f"{pool}.{n % 20}"])
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_user_that_exits_does_not_take_the_pool_along(backend: ShmBackend, pool: str) -> None:
     put(backend, 1)
     program = (
