@@ -53,7 +53,7 @@ class Wire:
         self._start = self._end = 0
         self._low = 1
         """Bytes that have to be there before the system wakes us."""
-        self._deadline = self._patience = 0.0
+        self._deadline = self._patience = self._moved_at = 0.0
 
     def begin(self, timeout: float) -> None:
         """From now on, wait for at most `timeout` seconds, and longer only for what moves."""
@@ -61,6 +61,10 @@ class Wire:
         if timeout != self._patience:  # it costs a system call
             self._patience = timeout
             self._sock.settimeout(timeout)
+
+    def go_on(self) -> None:
+        """Wait for as long as was left when something moved last: since then nobody waited."""
+        self._deadline += time.monotonic() - self._moved_at
 
     def send(self, parts: Sequence[Buffer]) -> None:
         """Write buffers that follow each other, without joining them."""
@@ -171,6 +175,7 @@ class Wire:
             now = time.monotonic()
         except TimeoutError:
             now, moved = self._deadline + 1.0, 0
+        self._moved_at = now
         self._deadline = min(now + self._patience, self._deadline + moved / SLOWEST)
         if now > self._deadline:
             raise TimeoutError(f"no answer within {self._patience:.3g} s")
@@ -270,7 +275,9 @@ class Lane(Generic[W]):
 
     def next(self, timeout: float) -> tuple[int, bytes]:
         """Which is answered next, and the first line of its answer."""
-        if not self.goes_on:
+        if self.goes_on:
+            self.wire.go_on()
+        else:
             self.wire.begin(timeout)
         line = self.wire.line()
         return self._asked.popleft(), line

@@ -610,6 +610,21 @@ def test_a_batch_is_spread_over_the_nodes(
     backend.close()
 
 
+def test_a_caller_may_take_longer_than_the_patience_between_pieces(
+    nodes: list[int], cluster_client: stock.RedisCluster
+) -> None:
+    """With several nodes a value is in its middle while another one is handed over."""
+    backend = opener(nodes[0], cluster=True)()
+    nbytes = 2 * PIECE + 1
+    put(backend, *range(6), nbytes=nbytes)
+    found = {}
+    for i, parts in backend.get(keys(*range(6)), allocate, SHORT):
+        found[i] = b"".join(parts)
+        time.sleep(2 * SHORT)
+    assert found == {i: value(i, nbytes) for i in range(6)}
+    backend.close()
+
+
 def slot_of(number: int) -> int:
     return key_slot(f"lmcache:{key(number)}".encode())
 
