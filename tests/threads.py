@@ -9,8 +9,14 @@ from unittest import mock
 
 
 @contextmanager
-def no_more_threads() -> Iterator[None]:
-    """No thread can be started, as where the system's limit is reached."""
-    error = RuntimeError("can't start new thread")
-    with mock.patch.object(threading.Thread, "start", side_effect=error):
+def no_more_threads(named: str = "") -> Iterator[None]:
+    """No thread whose name begins so can be started, as where the system's limit is reached."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(named):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with mock.patch.object(threading.Thread, "start", refuse):
         yield

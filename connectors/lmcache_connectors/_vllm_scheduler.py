@@ -90,10 +90,11 @@ class Scheduler:
     """One in each engine core."""
 
     def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
-        """Raises ConfigError for what cannot be stored."""
+        """Raises ConfigError for what cannot be stored, RuntimeError where no thread can be had."""
         self._transfer = config.kv_transfer_config
         self._cache = _vllm_cache.acquire(config, kv)
         try:
+            self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS).start()
             self._shape = self._cache.shape(config, kv)
             world = config.parallel_config.tensor_parallel_size
             self._ranks = [self._shape.groups(rank) for rank in range(world)]
@@ -102,7 +103,6 @@ class Scheduler:
             raise
         self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
         self._unit = self._shape.unit
-        self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
         self._patience = INLINE_SECONDS
         """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -47,7 +48,7 @@ class Worker:
     """Of one rank."""
 
     def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
-        """Raises ConfigError for what cannot be stored."""
+        """Raises ConfigError for what cannot be stored, RuntimeError where no thread can be had."""
         self._config, self._kv = config, kv
         self._memory: list[GroupMemory] = []
         self._loads: dict[str, Future[set[int]]] = {}
@@ -62,8 +63,12 @@ class Worker:
         self._weights = _vllm_weights.changes()
         run_threads_on(spare_cores())
         self._cache = _vllm_cache.acquire(config, kv)
-        self._loaders = Workers("lmcache-vllm-load", LOADS)
-        self._storer = Workers("lmcache-vllm-store", 1)
+        try:
+            self._loaders = Workers("lmcache-vllm-load", LOADS).start()
+            self._storer = Workers("lmcache-vllm-store", 1).start()
+        except BaseException:
+            _vllm_cache.release(self._cache)
+            raise
 
     def use(self, layers: Mapping[str, torch.Tensor]) -> None:
         """Move blocks of these from now on. Raises ConfigError where they are not understood."""
@@ -121,12 +126,14 @@ class Worker:
         """Tokens that vLLM need not compute, where these blocks of each group did not come."""
         if self._whole and any(missing):
             return 0
-        return chunks.end - chunks.begin - len(missing[0]) * self._groups[0].block
+        computed: int = len(missing[0]) * self._groups[0].block
+        return chunks.end - chunks.begin - computed
 
     def _slowest(self, chunks: Chunks) -> int:
         """The number of the slowest tier that a load needs."""
         first = chunks.place(chunks.begin)
-        return max(tier for row in chunks.tiers[self._rank] for tier in row[first:])
+        slowest: int = max(tier for row in chunks.tiers[self._rank] for tier in row[first:])
+        return slowest
 
     def _load_group(self, number: int, chunks: Chunks, stale: bool) -> list[int]:
         """The blocks of a group that did not come."""
@@ -262,7 +269,8 @@ class Worker:
 
     def close(self) -> None:
         """Write what was promised and release the tiers."""
-        wait([*self._loads.values(), *self._staged], 1.0)
+        jobs: list[Future[Any]] = [*self._loads.values(), *self._staged]
+        wait(jobs, 1.0)
         self._loaders.close()
         self._storer.close()
         _vllm_cache.release(self._cache)

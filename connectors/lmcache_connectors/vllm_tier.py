@@ -94,9 +94,13 @@ class LmcacheCoreTier(SecondaryTierManager):
         self._storer = Workers("lmcache-vllm-store", 1)
         self._rows: _Rows | None = None
         try:
+            self._loaders.start()
+            self._storer.start()
             settings = _settings(config, strict)
             self._rows = _Rows(offloading_spec, primary_kv_view, settings)
         except Exception as error:
+            self._loaders.close()
+            self._storer.close()
             if strict:
                 raise
             log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
@@ -185,14 +189,14 @@ class _Rows:
             raise ConfigError(
                 "vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?"
             )
-        fields = offloaded(vllm_config, spec.config, view.shape[1])
+        self._rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
+        fields = offloaded(vllm_config, spec.config, self._rows.shape[1])
         self._cache = lmcache_core.open(config)
         try:
             self._namespace = self._cache.namespace(**fields)
         except Exception:
             self._cache.close()
             raise
-        self._rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
 
     def keys(self, keys: Collection[OffloadKey]) -> list[ChunkKey]:
         return self._namespace.keys_from_hashes(keys)
@@ -205,7 +209,7 @@ class _Rows:
         asked = keys[first:]
         one = len(self._cache.tiers) == 1  # vLLM has just heard that it is there
         where = [0] * len(asked) if one else self._cache.locate(asked)
-        tiers = tuple(takewhile(lambda tier: tier is not None, where))
+        tiers: tuple[Any, ...] = tuple(takewhile(lambda tier: tier is not None, where))
         count = 0
         for chunk in self._cache.load(Hit(keys, (0,) * first + tiers), start=first):
             copy_exact(self._rows[ids[count]], chunk.tensors["g0.k"].view(-1))

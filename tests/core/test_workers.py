@@ -81,6 +81,16 @@ def test_where_no_more_threads_can_be_had_those_there_are_do_it() -> None:
     workers.close()
 
 
+def test_who_started_one_has_a_thread_whatever_comes() -> None:
+    workers = Workers("t", 4).start()
+    with no_more_threads():
+        assert workers.call(lambda: "done", PATIENCE) == "done"
+        with pytest.raises(RuntimeError, match="thread"):
+            Workers("none", 4).start()
+    assert sum(thread.name == "t" for thread in threading.enumerate()) == 1
+    workers.close()
+
+
 def test_once_closed_they_refuse_what_would_never_run() -> None:
     workers = Workers("t", 1)
     workers.call(lambda: None, 5.0)

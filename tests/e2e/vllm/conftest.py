@@ -37,7 +37,11 @@ def _no_leaks() -> None:
 @pytest.fixture(autouse=True)
 def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let pytest hear what vLLM's logger is told."""
+    from vllm.logger import DEFAULT_LOGGING_CONFIG
+
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    # The first engine of a process configures it once more.
+    monkeypatch.setitem(DEFAULT_LOGGING_CONFIG["loggers"]["vllm"], "propagate", True)
 
 
 @pytest.fixture

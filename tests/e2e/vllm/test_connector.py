@@ -16,11 +16,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from lmcache_connectors import _vllm_scheduler
 from lmcache_connectors._vllm_chunks import Metadata
 from lmcache_connectors._vllm_worker import Worker
-from lmcache_connectors.vllm import LmcacheCoreConnector
+from lmcache_connectors.vllm import LmcacheCoreConnector, _say_off
 from lmcache_core.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.servers import Server, eventually, free_port, running
+from tests.threads import no_more_threads
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
 
@@ -480,3 +481,18 @@ def test_a_config_that_cannot_be_serves_without_a_cache_or_is_an_error_if_strict
     assert caplog.text.count("lmcache-core is off") == 1
     with pytest.raises(Exception, match=r"tiers|tires|no.such"), contextlib.ExitStack() as stack:
         stack.enter_context(engine(llama, {**extra, "strict": True}))
+
+
+@pytest.mark.parametrize("job", ["lookup", "load"])
+def test_where_no_thread_can_be_had_it_serves_without_a_cache(
+    job: str, llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    text = prompt(100)
+    _say_off.cache_clear()
+    with no_more_threads(f"lmcache-vllm-{job}"), engine(llama, disk) as llm:
+        first = answers(llm, text)
+        llm.reset_prefix_cache()
+        assert answers(llm, text) == first
+        assert first[0][1] == 0
+    assert caplog.text.count("lmcache-core is off") == 1
+    assert "can't start new thread" in caplog.text
