@@ -4,8 +4,8 @@ prefix cache, computed.
     python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--vllm .cache/vllm/bin/python]
 
 Where a CPU emulates bfloat16, a run of `--dtype float32 --lengths 1193` ends within half an hour.
-`--hits 21` measures only *own hit* and *same process*, each so many times: to know them closely
-where computing a prompt takes long. Its ratios are medians of those of neighbours.
+`--hits 21` measures only *own hit* and *same process*, each so many times, and `--cold 21` only
+*cold*: to know one of them closely. Their ratios are medians of those of neighbours.
 
 Every engine is a process of its own with an engine core and a worker below it, as vLLM starts them
 by default; all of them compute on all cores but the last, which is what vLLM chooses without a
@@ -249,14 +249,25 @@ class Bench:
                         self._fresh(figures[n], engine, prompts[n][number], number)
         return figures, bursts
 
+    def cold(self, name: str, count: int) -> dict[int, Figures]:
+        """TTFT by length of one connector where nothing of a prompt is stored."""
+        figures: dict[int, Figures] = {length: {} for length in self._lengths}
+        with connector(name) as settings, self._engine(settings) as engine:
+            for length, number in itertools.product(self._lengths, range(count)):
+                self._cold(figures[length], engine, self._text.prompt(length), number)
+        return figures
+
     def _round(self, figures: Figures, engine: Engine, prompt: list[int], number: int) -> None:
+        self._cold(figures, engine, prompt, number)
+        self._hit(figures, engine, prompt, number)
+
+    def _cold(self, figures: Figures, engine: Engine, prompt: list[int], number: int) -> None:
         for ours in in_turn(number):
             if ours:
                 add(figures, "cold", engine.ttft(prompt, 0))
                 engine.forget()
             else:
                 add(figures, "alone cold", self._alone.ttft(prompt, 0))
-        self._hit(figures, engine, prompt, number)
 
     def hits(self, name: str, count: int) -> dict[int, Figures]:
         """TTFT by length of one connector where all but the end of a prompt is stored."""
@@ -355,13 +366,14 @@ def ttft_table(length: int, figures: dict[str, Figures], about: str) -> Table:
     return table
 
 
-def hits_table(length: int, figures: dict[str, Figures], about: str) -> Table:
+def pairs_table(length: int, kind: str, figures: dict[str, Figures], about: str) -> Table:
     """One row a connector."""
-    table = Table(title=f"TTFT of {length:,} tokens that are stored, ms; {about}")
-    for column in ("KV from", "TTFT", "vLLM's own hit", "ratio", "quartiles"):
+    what = {"same": "stored", "cold": "new"}[kind]
+    table = Table(title=f"TTFT of {length:,} tokens that are {what}, ms; {about}")
+    for column in ("KV from", "TTFT", "vLLM alone", "ratio", "quartiles"):
         table.add_column(column, justify="left" if column == "KV from" else "right")
     for name, figure in figures.items():
-        ours, alone = figure["same"], figure["alone same"]
+        ours, alone = figure[kind], figure[f"alone {kind}"]
         ratios = [a / b for a, b in zip(ours, alone, strict=True)]
         low, middle, high = (f"{q:.3f}" for q in statistics.quantiles(ratios, method="inclusive"))
         row = (milliseconds(ours), milliseconds(alone), middle, f"{low} to {high}")
@@ -420,8 +432,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", help="float32 where a CPU emulates it")
     parser.add_argument("--lengths", default="1193,3793", help="of prompts, with commas")
-    parser.add_argument("--hits", type=int, metavar="N",
-                        help="measure only hits in the same process, each N times")  # fmt: skip
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--hits", type=int, metavar="N",
+                      help="measure only hits in the same process, each N times")  # fmt: skip
+    only.add_argument("--cold", type=int, metavar="N",
+                      help="measure only prompts that are new, N of each length")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--write", action="store_true", help="into docs/vllm.md")
     options = parser.parse_args()
@@ -430,10 +445,11 @@ def main() -> None:
     names = options.tiers.split(",")
     about = f"{options.dtype}; {machine()}"
     with Bench(options.vllm, options.dtype, Text(), lengths, rounds) as bench:
-        if options.hits:
-            hits = {name: bench.hits(name, options.hits) for name in names}
+        if options.hits or options.cold:
+            kind, pair = ("same", bench.hits) if options.hits else ("cold", bench.cold)
+            pairs = {name: pair(name, options.hits or options.cold) for name in names}
             for n in lengths:
-                console.print(hits_table(n, {name: hits[name][n] for name in names}, about))
+                console.print(pairs_table(n, kind, {name: pairs[name][n] for name in names}, about))
             return
         got = {}
         for name in names:
