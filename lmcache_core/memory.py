@@ -53,7 +53,7 @@ class HostBuffers:
         """
         if nbytes == 0:
             return memoryview(bytearray())
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             # torch pools pinned memory itself
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
         size = _round_up(nbytes)
@@ -146,7 +146,7 @@ def pin(pages: np.ndarray) -> None:
     """
     if not torch.cuda.is_available():
         return
-    cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.cudart()
     code = int(cuda.cudaHostRegister(pages.ctypes.data, pages.nbytes, 0))
     if code:
         raise ConfigError(
@@ -179,7 +179,7 @@ def own_stream(device: torch.device, after: torch.cuda.Event | None = None) -> I
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     if after is not None:
         stream.wait_event(after)
     try:

@@ -8,7 +8,7 @@ tier becomes a pool in shared memory.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -33,7 +33,7 @@ class Cache:
         """Raises ConfigError."""
         self.engine = lmcache_core.open(config)
         self.config = config
-        self.counts: Counter[str] = Counter()
+        self.counts: defaultdict[str, float] = defaultdict(float)
         """What the connector counts itself; see `_vllm_stats.py`."""
         self._told: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
@@ -56,12 +56,12 @@ class Cache:
     def count(self, name: str, amount: float, *labels: str) -> None:
         """Add to a counter of the connector's own."""
         with self._lock:
-            self.counts["|".join((name, *labels))] += amount  # type: ignore[assignment]
+            self.counts["|".join((name, *labels))] += amount
 
     def news(self) -> dict[str, float]:
         """What was counted since the last call, by whichever side: "name|label|label"."""
         with self._lock:
-            news, self.counts = dict(self.counts), Counter()
+            news, self.counts = dict(self.counts), defaultdict(float)
             stats = self.engine.stats()
             for labels, n in stats.items():
                 if n != self._told.get(labels, 0):
@@ -131,16 +131,14 @@ def _source(config: VllmConfig) -> Any:
 
 
 def _one_process(config: VllmConfig) -> bool:
-    return config.parallel_config.distributed_executor_backend == "uni"
+    return bool(config.parallel_config.distributed_executor_backend == "uni")
 
 
 def _shared(tier: TierConfig) -> TierConfig:
     """The tier, or in place of private memory a pool that is known by its size."""
     if tier.backend != "local_cpu":
         return tier
-    capacity = tier.options.capacity
-    pool = TierConfig(
-        backend="shm", name=tier.name, capacity=capacity, pool=f"vllm-{capacity}",
-        serde=tier.serde, deadline=tier.deadline,
-    )  # fmt: skip
-    return pool.model_copy(update={"where": tier.where})
+    options: Any = tier.options
+    settings = {"backend": "shm", "capacity": options.capacity, "pool": f"vllm-{options.capacity}"}
+    kept = {"name": tier.name, "serde": tier.serde, "deadline": tier.deadline}
+    return TierConfig.model_validate(settings | kept).model_copy(update={"where": tier.where})

@@ -105,7 +105,8 @@ class Shape:
         """What stands for the prefix up to each multiple of `hashed` tokens: vLLM's block hashes,
         or where chunks are shared with other engines keys of the tokens."""
         if not self.share_as:
-            return request.block_hashes
+            hashes: Sequence[bytes] = request.block_hashes
+            return hashes
         tokens = request.all_token_ids[: self.hashed_tokens(request)]
         return self.groups(0)[0].namespace.keys(tokens, self.chunk)
 

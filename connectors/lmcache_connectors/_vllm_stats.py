@@ -46,7 +46,7 @@ class Stats(KVConnectorStats):
     """Counts since the last step. `data`: "name|label|label" to number."""
 
     def reset(self) -> None:
-        self.data = {}
+        self.data: dict[str, float] = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         for name, number in other.data.items():

@@ -356,7 +356,7 @@ class _Call:
         if self._option("cache_implementation") == "dynamic":  # beside a cache it is an error
             self.arguments["cache_implementation"] = None
         ids = self.arguments.get("inputs")
-        self.input_ids = self.arguments.get("input_ids") if ids is None else ids
+        self.input_ids: Any = self.arguments.get("input_ids") if ids is None else ids
         self._check_ids()
         self.attention_mask = self.arguments.get("attention_mask")
         self.repeats = int(self._option("num_return_sequences") or 1)
@@ -433,13 +433,15 @@ class _WithRoom(DynamicLayer):
     """
 
     room: _Pair
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> _Pair:
         """As DynamicLayer's."""
         keys, values = self.__dict__.pop("room")
-        self.__class__ = DynamicLayer  # type: ignore[assignment]
+        self.__class__ = DynamicLayer
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         here = self.keys.data_ptr() == keys.data_ptr() and self.keys.shape[0] == keys.shape[0]
@@ -489,7 +491,7 @@ def _columns(layer: DynamicLayer, part: int, row: int, start: int, end: int) -> 
     """
     if isinstance(layer, _Noting) and start >= layer.noted_from:
         return _noted(layer, part, row, start - layer.noted_from, end - layer.noted_from)
-    kept = (layer.keys, layer.values)[part]
+    kept: torch.Tensor = (layer.keys, layer.values)[part]
     gone = layer.get_seq_length() - kept.shape[2]
     if start < gone:
         raise _NotCacheable("a sliding window that has moved on (use load_prefix's cache)")

@@ -119,9 +119,10 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        found = self._scheduler.match(request, num_computed_tokens) if self._scheduler else 0
-        background = bool(self._scheduler and found) and not self._scheduler.at_once(request)
-        return found, background
+        if self._scheduler is None:
+            return 0, False
+        found = self._scheduler.match(request, num_computed_tokens)
+        return found, bool(found) and not self._scheduler.at_once(request)
 
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int
