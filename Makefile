@@ -29,7 +29,7 @@ test:
 	$(MAKE) --jobs=2 setup lint
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
-	$(VLLM)/bin/python -m pytest -q -n 3 --dist loadgroup tests/e2e/vllm
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(VLLM)/bin/python -m pytest -q -n 3 --dist loadgroup tests/e2e/vllm
 
 # All that the tests need; pip keeps one core busy for minutes, for each of two environments.
 setup: $(OLDEST) $(VLLM)/.ready

@@ -381,6 +381,22 @@ def pairs_table(length: int, kind: str, figures: dict[str, Figures], about: str)
     return table
 
 
+def tables_of(
+    got: dict[str, tuple[dict[int, Figures], Figures]], only: str, about: str
+) -> list[Table]:
+    """One a length, and one of the bursts."""
+    tables = []
+    for length in next(iter(got.values()))[0]:
+        figures = {name: ttft[length] for name, (ttft, _) in got.items()}
+        tables.append(
+            pairs_table(length, only, figures, about) if only
+            else ttft_table(length, figures, about)
+        )  # fmt: skip
+    if bursts := {name: burst for name, (_, burst) in got.items() if burst}:
+        tables.append(burst_table(bursts, about))
+    return tables
+
+
 def milliseconds(seconds: Sequence[float]) -> str:
     """Their median."""
     return f"{1e3 * statistics.median(seconds):,.1f}"
@@ -444,24 +460,22 @@ def main() -> None:
     lengths = [int(length) for length in options.lengths.split(",")]
     names = options.tiers.split(",")
     about = f"{options.dtype}; {machine()}"
-    with Bench(options.vllm, options.dtype, Text(), lengths, rounds) as bench:
-        if options.hits or options.cold:
-            kind, pair = ("same", bench.hits) if options.hits else ("cold", bench.cold)
-            pairs = {name: pair(name, options.hits or options.cold) for name in names}
-            for n in lengths:
-                console.print(pairs_table(n, kind, {name: pairs[name][n] for name in names}, about))
-            return
-        got = {}
-        for name in names:
-            with console.status(f"{name} ..."):
-                got[name] = bench.measure(name)
-    tables = [
-        ttft_table(n, {name: ttft[n] for name, (ttft, _) in got.items()}, about) for n in lengths
-    ]
-    if bursts := {name: burst for name, (_, burst) in got.items() if burst}:
-        tables.append(burst_table(bursts, about))
-    for table in tables:
-        console.print(table)
+    only = "same" if options.hits else "cold" if options.cold else ""
+    got: dict[str, tuple[dict[int, Figures], Figures]] = {}
+    try:
+        with Bench(options.vllm, options.dtype, Text(), lengths, rounds) as bench:
+            for name in names:
+                with console.status(f"{name} ..."):
+                    if options.hits:
+                        got[name] = bench.hits(name, options.hits), {}
+                    elif options.cold:
+                        got[name] = bench.cold(name, options.cold), {}
+                    else:
+                        got[name] = bench.measure(name)
+    finally:  # what fails at its end shall not cost all of an hour
+        tables = tables_of(got, only, about) if got else []
+        for table in tables:
+            console.print(table)
     if options.write:
         write(tables)
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from lmcache_connectors._vllm_worker import Worker
 from lmcache_connectors.vllm import LmcacheCoreConnector, _say_off
 from lmcache_core.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
+from tests.backends.test_memcached import memcached_server
 from tests.e2e.vllm.conftest import BLOCK, engine
+from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
 from tests.servers import Server, eventually, free_port, running
 from tests.threads import no_more_threads
 
@@ -145,8 +148,25 @@ def as_bytes(block: torch.Tensor) -> bytes:
 
 @MODELS
 def test_redis_between_two_engines(model: Path, redis: tuple[dict[str, Any], Server]) -> None:
-    extra, _ = redis
-    ids = prompt(500)
+    through(redis[0]["tiers"][0], model)
+
+
+def test_memcached_between_two_engines(llama: Path) -> None:
+    port = free_port()
+    with running(memcached_server(port)):
+        through({"backend": "memcached", "url": f"memcached://127.0.0.1:{port}"}, llama)
+
+
+def test_s3_between_two_engines(llama: Path, tmp_path: Path) -> None:
+    with s3_server(tmp_path) as server:
+        login = f"{KEY_ID}:{quote(SECRET, safe='')}"
+        url = f"s3://{login}@{BUCKET}"
+        through({"backend": "s3", "url": url, "endpoint": server.endpoint}, llama)
+
+
+def through(tier: dict[str, Any], model: Path) -> None:
+    """What one engine computes, another one has from the store."""
+    ids, extra = prompt(500), {"chunk_size": BLOCK, "tiers": [tier], "strict": True}
     with engine(model, extra) as llm:
         cold = answers(llm, ids)
         flush(llm)
