@@ -33,14 +33,13 @@ class Workers:
         """Threads that no job has been promised to; below 0 jobs that wait for one."""
         self._closed = False
 
-    def start(self) -> Workers:
+    def start(self) -> None:
         """Have a thread from now on: `submit` fails no more for want of one.
 
         Raises RuntimeError where not one can be had.
         """
         with self._lock:
             self._idle += self._start()
-        return self
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on a thread; cancelling the future before it starts prevents it.

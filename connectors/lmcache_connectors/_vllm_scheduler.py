@@ -94,10 +94,11 @@ class Scheduler:
         self._transfer = config.kv_transfer_config
         self._cache = _vllm_cache.acquire(config, kv)
         try:
-            self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS).start()
             self._shape = self._cache.shape(config, kv)
             world = config.parallel_config.tensor_parallel_size
             self._ranks = [self._shape.groups(rank) for rank in range(world)]
+            self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
+            self._lookups.start()
         except BaseException:
             _vllm_cache.release(self._cache)
             raise

@@ -63,11 +63,13 @@ class Worker:
         self._weights = _vllm_weights.changes()
         run_threads_on(spare_cores())
         self._cache = _vllm_cache.acquire(config, kv)
+        self._loaders = Workers("lmcache-vllm-load", LOADS)
+        self._storer = Workers("lmcache-vllm-store", 1)
         try:
-            self._loaders = Workers("lmcache-vllm-load", LOADS).start()
-            self._storer = Workers("lmcache-vllm-store", 1).start()
+            self._loaders.start()
+            self._storer.start()
         except BaseException:
-            _vllm_cache.release(self._cache)
+            self.close()
             raise
 
     def use(self, layers: Mapping[str, torch.Tensor]) -> None:

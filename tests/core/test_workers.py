@@ -82,7 +82,8 @@ def test_where_no_more_threads_can_be_had_those_there_are_do_it() -> None:
 
 
 def test_who_started_one_has_a_thread_whatever_comes() -> None:
-    workers = Workers("t", 4).start()
+    workers = Workers("t", 4)
+    workers.start()
     with no_more_threads():
         assert workers.call(lambda: "done", PATIENCE) == "done"
         with pytest.raises(RuntimeError, match="thread"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -503,16 +504,18 @@ def test_a_config_that_cannot_be_serves_without_a_cache_or_is_an_error_if_strict
         stack.enter_context(engine(llama, {**extra, "strict": True}))
 
 
-@pytest.mark.parametrize("job", ["lookup", "load"])
+@pytest.mark.parametrize("job", ["lookup", "load", "store"])
 def test_where_no_thread_can_be_had_it_serves_without_a_cache(
     job: str, llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    text = prompt(100)
+    text, before = prompt(100), set(threading.enumerate())
     _say_off.cache_clear()
     with no_more_threads(f"lmcache-vllm-{job}"), engine(llama, disk) as llm:
         first = answers(llm, text)
         llm.reset_prefix_cache()
         assert answers(llm, text) == first
         assert first[0][1] == 0
+        new = {thread.name for thread in set(threading.enumerate()) - before}
+        assert job == "lookup" or not new & {"lmcache-vllm-load", "lmcache-vllm-store"}
     assert caplog.text.count("lmcache-core is off") == 1
     assert "can't start new thread" in caplog.text

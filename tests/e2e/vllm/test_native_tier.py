@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tests.backends.redis_servers import eventually, redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.native import Offloading, content, same, transfer, vllm_config
 from tests.servers import Server, free_port, running
+from tests.threads import no_more_threads
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
 Open = Callable[..., Offloading]
@@ -349,6 +351,22 @@ def test_a_config_that_cannot_be_is_a_log_line_or_an_error_if_strict(
     offloading.manager.reset_cache()
     with pytest.raises(ConfigError, match=cause):
         opened({**tier, "strict": True})
+
+
+@pytest.mark.parametrize("job", ["load", "store"])
+def test_where_no_thread_can_be_had_vllm_goes_on_without_it(
+    job: str, disk: dict[str, Any], opened: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks, before = content(3, 8192), set(threading.enumerate())
+    with no_more_threads(f"lmcache-vllm-{job}"):
+        offloading = opened(disk)
+        offloading.store(blocks)
+        assert same(offloading.find(list(blocks)), blocks)
+        with pytest.raises(RuntimeError, match="thread"):
+            opened({**disk, "strict": True})
+    assert caplog.text.count("lmcache-core is off") == 1
+    after = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not any(name.startswith("lmcache") for name in after)
 
 
 def test_strict_wants_a_store_that_answers(opened: Open) -> None:
