@@ -3,7 +3,7 @@ prefix cache, computed.
 
     python benchmarks/bench_vllm.py [--rounds 5] [--quick] [--write] [--vllm .cache/vllm/bin/python]
 
-Where a CPU emulates bfloat16, a run of `--dtype float32 --lengths 1193` ends within half an hour.
+Where a CPU emulates bfloat16, `--dtype float32 --lengths 1193 --rounds 3` takes about an hour.
 `--hits 21` measures only *own hit* and *same process*, each so many times, and `--cold 21` only
 *cold*: to know one of them closely. Their ratios are medians of those of neighbours.
 
@@ -450,14 +450,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16", help="float32 where a CPU emulates it")
     parser.add_argument("--lengths", default="1193,3793", help="of prompts, with commas")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--hits", type=int, metavar="N",
-                      help="measure only hits in the same process, each N times")  # fmt: skip
-    only.add_argument("--cold", type=int, metavar="N",
-                      help="measure only prompts that are new, N of each length")  # fmt: skip
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--write", action="store_true", help="into docs/vllm.md")
+    either.add_argument("--hits", type=int, metavar="N",
+                        help="measure only hits in the same process, each N times")  # fmt: skip
+    either.add_argument("--cold", type=int, metavar="N",
+                        help="measure only prompts that are new, N of each length")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="one round")
-    parser.add_argument("--write", action="store_true", help="into docs/vllm.md")
     options = parser.parse_args()
+    if 1 in (options.hits, options.cold):
+        parser.error("N: expected 2 or more, for quartiles")
     rounds = 1 if options.quick else options.rounds
     lengths = [int(length) for length in options.lengths.split(",")]
     names = options.tiers.split(",")
