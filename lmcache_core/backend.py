@@ -53,6 +53,10 @@ class StorageBackend(ABC):
     on_evict: Callable[[Sequence[ChunkKey]], None] = staticmethod(lambda keys: None)
     """Set by the tier; call it with the keys that were evicted to make room."""
 
+    on_progress: Callable[[], None] = staticmethod(lambda: None)
+    """Set by the tier; call it now and then, from any thread, while `get` reads a large frame: a
+    tier to which nothing comes for a deadline gives the store up. Frames count by themselves."""
+
     def __init__(self, options: Any) -> None:  # noqa: B027
         """Open the store. Raises ConfigError, with the reason, when it cannot be used at all."""
 

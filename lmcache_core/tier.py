@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -23,6 +22,7 @@ from lmcache_core.keys import ChunkKey
 from lmcache_core.memory import HOST
 from lmcache_core.observers import LOG, Observers
 from lmcache_core.parts import Parts
+from lmcache_core.patience import SLOWEST, Flow, Patience
 from lmcache_core.workers import Workers
 from lmcache_core.writer import WriteBehind
 
@@ -36,8 +36,6 @@ STREAMS = 256
 """Threads that read for loads; one whose load is put aside waits for it."""
 READ_AHEAD = 2
 """Chunks that wait in each stream, read but not yet taken by the loading thread."""
-SLOWEST = 16 << 20
-"""Bytes a second. A transfer's deadline grows by its size at this rate; slower is failing."""
 
 
 class Miss(NamedTuple):
@@ -66,6 +64,7 @@ class Tier:
         self._backend = backend
         self._chain = SerdeChain([serde.create() for serde in config.serde])
         self._deadline = config.deadline
+        self._flow = Flow(config.deadline)
         self._observers = observers
         self._reads = Breaker(f"{self.name} reads", self.ping, self.state_changed("reads"))
         self._writes = Breaker(f"{self.name} writes", self.ping, self.state_changed("writes"))
@@ -75,6 +74,7 @@ class Tier:
         block = config.when_full == "block"
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
         backend.on_evict = self._evicted
+        backend.on_progress = self._flow.moved
 
     # Reading
 
@@ -139,55 +139,59 @@ class Tier:
             yield i, Miss(reason)
 
     def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+        patience = Patience(self._flow)
         if self.in_memory:
-            return self._read(wanted)
+            return self._read(wanted, patience)
         streams = min(self._backend.streams, len(wanted))
-        return self._merged([wanted[n::streams] for n in range(streams)])
+        return self._merged([wanted[n::streams] for n in range(streams)], patience)
 
-    def _read(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+    def _read(
+        self, wanted: Sequence[_Wanted], patience: Patience
+    ) -> Iterator[tuple[int, Chunk | Miss]]:
         """Frames from the backend, decoded."""
         keys = [key for _, key in wanted]
-        for place, parts in self._backend.get(keys, _allocate, self._deadline):
+
+        def allocate(nbytes: int) -> memoryview:
+            patience.promise(nbytes)
+            return _allocate(nbytes)
+
+        for place, parts in self._backend.get(keys, allocate, self._deadline):
+            patience.came(sum(part.nbytes for part in parts))
             i, key = wanted[place]
             yield i, self._decode(parts, key)
             del parts
 
-    def _merged(self, streams: Sequence[Sequence[_Wanted]]) -> Iterator[tuple[int, Chunk | Miss]]:
+    def _merged(
+        self, streams: Sequence[Sequence[_Wanted]], patience: Patience
+    ) -> Iterator[tuple[int, Chunk | Miss]]:
         """What a thread for each stream reads ahead, in turn. They may hang; this does not."""
         boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
         stop = threading.Event()
-        patience = self._deadline
         try:
             for wanted, box in zip(streams, boxes, strict=True):
-                self._readers.submit(partial(self._pump, wanted, box, stop))
+                self._readers.submit(partial(self._pump, wanted, patience, box, stop))
             while boxes:
                 box = boxes.pop(0)
-                began = time.monotonic()
-                item = self._next(box, patience)
-                patience -= time.monotonic() - began
+                item = patience.take(box)
                 if isinstance(item, Exception):
                     raise item
                 if item is not None:
-                    nbytes = item[1].nbytes if isinstance(item[1], Chunk) else 0
-                    patience = min(self._deadline, patience + nbytes / SLOWEST)
                     yield item
                     boxes.append(box)
                 del item
         finally:
             stop.set()
 
-    def _next(self, box: queue.Queue[_Arrival], patience: float) -> _Arrival:
-        try:
-            return box.get(timeout=max(patience, 0.001))
-        except queue.Empty:
-            raise DeadlineExceeded(f"chunks did not come within {self._deadline:.3g} s") from None
-
     def _pump(
-        self, wanted: Sequence[_Wanted], box: queue.Queue[_Arrival], stop: threading.Event
+        self,
+        wanted: Sequence[_Wanted],
+        patience: Patience,
+        box: queue.Queue[_Arrival],
+        stop: threading.Event,
     ) -> None:
         last: Exception | None = None
         try:
-            for item in self._read(wanted):
+            for item in self._read(wanted, patience):
                 if not _offer(box, item, stop):
                     return
                 del item
