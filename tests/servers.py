@@ -133,6 +133,7 @@ class Proxy:
     stall_after: bytes after which nothing comes any more, while the connection stays open.
     garble_at: (offset, bytes): put these in the place of what the server sent.
     rate: bytes a second.
+    mute: how many connections, the next that the server answers on, never bring anything again.
     Bytes are counted for each connection, from its beginning or from when the fault was set.
     """
 
@@ -141,6 +142,7 @@ class Proxy:
         self.stall_after: int | None = None
         self.garble_at: tuple[int, bytes] | None = None
         self.rate: float | None = None
+        self.mute = 0
         self.connections = 0
         self.asked = 0
         """Bytes that clients sent, over all connections."""
@@ -191,13 +193,16 @@ class Proxy:
                 self._pump(client, server)
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        passed, faults = 0, self._faults()
+        passed, faults, mute = 0, self._faults(), False
         speaking: socket.socket = server
         while not self._closing.is_set():
             if faults != self._faults():
                 passed, faults = 0, self._faults()
-            stalled = self.stall_after is not None and passed >= self.stall_after
+            stalled = mute or (self.stall_after is not None and passed >= self.stall_after)
             for sock in select.select([client] if stalled else [client, server], [], [], 0.05)[0]:
+                if sock is server and self.mute:
+                    self.mute, mute = self.mute - 1, True
+                    continue
                 data = sock.recv(self._portion(passed) if sock is server else 1 << 16)
                 if not data:
                     return

@@ -92,12 +92,15 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 class Patience:
     """Ends what runs inside it after `timeout` seconds without progress.
 
-    Only time in which a request is under way counts, not that in which the caller is busy.
+    Only time in which a request is under way counts, not that in which the caller is busy. What is
+    slower than its share of SLOWEST, which all that have requests under way share, is none.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, waiting: set[Patience]) -> None:
+        """`waiting`: those with requests under way."""
         self.reason = ""
         """What the server said last, for the message."""
+        self._waiting = waiting
         self._timeout = self._left = timeout
         self._requests = 0
 
@@ -123,19 +126,22 @@ class Patience:
         """A request is under way."""
         self._requests += 1
         if self._requests == 1:
+            self._waiting.add(self)
             self._end(self._loop.time() + self._left)
         try:
             yield
         finally:
             self._requests -= 1
             if self._requests == 0:
+                self._waiting.discard(self)
                 self._left = (self._scope.when() or 0.0) - self._loop.time()
                 self._end(None)
 
     def moved(self, nbytes: int) -> None:
         """So many bytes came or went."""
         latest = self._loop.time() + self._timeout
-        self._end(min(latest, (self._scope.when() or latest) + nbytes / SLOWEST))
+        seconds = nbytes * len(self._waiting) / SLOWEST
+        self._end(min(latest, (self._scope.when() or latest) + seconds))
 
     def _end(self, when: float | None) -> None:
         if not self._scope.expired():

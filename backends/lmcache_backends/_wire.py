@@ -9,15 +9,17 @@ import socket
 import ssl
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Generic, TypeVar
 
 from lmcache_backends._options import Address
 from lmcache_core import StorageError
 
 SLOWEST = 16 << 20
-"""Bytes a second: what moves slower than this counts as stuck, as it does for a tier."""
+"""Bytes a second: what moves slower than this, over all connections that are in use, counts as
+stuck, as it does for a tier."""
 _IOV_MAX = 1024
 _KEPT = 16
 """Idle connections to keep to each server."""
@@ -40,9 +42,9 @@ class Wire:
 
     Payloads are read straight into their destination and written from where they lie; short
     replies go through a buffer. Silence lasts no longer than the patience that `begin` sets, and
-    a trickle no longer than twice that; the patience grows with what moves. Raises TimeoutError
-    when it ends, StorageError when the other side closes or says what it should not, OSError for
-    the rest.
+    a trickle no longer than twice that; the patience grows with what moves, the more the more
+    connections share the line. Raises TimeoutError when it ends, StorageError when the other side
+    closes or says what it should not, OSError for the rest.
     """
 
     def __init__(self, sock: socket.socket, address: Address) -> None:
@@ -54,6 +56,10 @@ class Wire:
         self._low = 1
         """Bytes that have to be there before the system wakes us."""
         self._deadline = self._patience = self._moved_at = 0.0
+        self.users: Sized = ()
+        """The connections that share the line, this one among them."""
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called when bytes came."""
 
     def begin(self, timeout: float) -> None:
         """From now on, wait for at most `timeout` seconds, and longer only for what moves."""
@@ -123,12 +129,16 @@ class Wire:
         SLOWEST still comes within the patience."""
         if isinstance(self._sock, ssl.SSLSocket):  # it may have taken some of them already
             return
-        most = min(_AT_ONCE, int(self._patience * SLOWEST) // 2)
+        most = min(_AT_ONCE, int(self._patience * self._share()) // 2)
         low = max(1, min(nbytes, most)) if nbytes > _FEW_PACKETS else 1
         if low != self._low:
             with contextlib.suppress(OSError):  # a system that cannot wakes us more often
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low)
             self._low = low
+
+    def _share(self) -> float:
+        """Bytes a second, below which this connection is stuck."""
+        return SLOWEST / max(1, len(self.users))
 
     def expect(self, text: bytes) -> None:
         """Read `text`; raises StorageError where something else comes."""
@@ -156,6 +166,7 @@ class Wire:
         n = self._move(self._receive_some, target)
         if n == 0:
             raise StorageError("the server closed the connection")
+        self.on_progress()
         return n
 
     def _receive_some(self, target: memoryview) -> int:
@@ -176,7 +187,7 @@ class Wire:
         except TimeoutError:
             now, moved = self._deadline + 1.0, 0
         self._moved_at = now
-        self._deadline = min(now + self._patience, self._deadline + moved / SLOWEST)
+        self._deadline = min(now + self._patience, self._deadline + moved / self._share())
         if now > self._deadline:
             raise TimeoutError(f"no answer within {self._patience:.3g} s")
         return moved
@@ -186,30 +197,41 @@ W = TypeVar("W", bound=Wire)
 
 
 class Pool(Generic[W]):
-    """Idle connections by server. Thread-safe."""
+    """Connections by server. Thread-safe."""
 
     def __init__(self, dial: Callable[[Address, float], W]) -> None:
         """`dial`: makes a connection to a server, within a number of seconds."""
         self._dial = dial
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called when bytes came over any."""
+        self._used: weakref.WeakSet[W] = weakref.WeakSet()
+        """Those that somebody has taken, or closed and not yet dropped."""
         self._idle: dict[Address, list[W]] = defaultdict(list)
         self._lock = threading.Lock()
         self._closed = False
 
     def take(self, address: Address, timeout: float) -> W:
         """A connection for the caller alone."""
+        wire = self._idle_one(address) or self._dial(address, timeout)
+        with self._lock:
+            self._used.add(wire)
+        wire.users, wire.on_progress = self._used, self.on_progress
+        return wire
+
+    def _idle_one(self, address: Address) -> W | None:
         while True:
             with self._lock:
                 if not self._idle[address]:
-                    break
+                    return None
                 wire = self._idle[address].pop()
             if wire.is_quiet():
                 return wire
             wire.close()  # the server closed it, or says what nobody asked
-        return self._dial(address, timeout)
 
     def give(self, wire: W) -> None:
         """Hand a connection back on which everything is answered."""
         with self._lock:
+            self._used.discard(wire)
             idle = self._idle[wire.address]
             if not self._closed and len(idle) < _KEPT:
                 idle.append(wire)

@@ -39,6 +39,8 @@ from lmcache_core import (
 )
 
 _IOV_MAX = 1024
+_PIECE = 2 << 20
+"""Bytes to read at a time: on a disk that many loads share, each is to show that it moves."""
 _STALE_SECONDS = 300.0
 _SLACK = 20
 """Making room frees 1/_SLACK of the capacity, so that one scan serves many writes."""
@@ -148,10 +150,11 @@ class DiskBackend(StorageBackend):
             buffer = allocate(status.st_size)
             filled = 0
             while filled < buffer.nbytes:
-                n = os.preadv(fd, [buffer[filled:]], filled)
+                n = os.preadv(fd, [buffer[filled : filled + _PIECE]], filled)
                 if n == 0:  # cut by somebody else; the frame's own length will not match
                     return [buffer[:filled]]
                 filled += n
+                self.on_progress()
             return [buffer]
         finally:
             os.close(fd)

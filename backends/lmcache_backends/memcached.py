@@ -116,6 +116,7 @@ class MemcachedBackend(StorageBackend):
         login = url.login.with_password_of(options.password_env)
         tls = None if options.tls is None else options.tls.context()
         self._servers = Servers(url.hosts, Dial(login, tls))
+        self._servers.pool.on_progress = lambda: self.on_progress()  # the tier's, once it is set
         try:
             self.ping(OPEN_SECONDS)
         except Refused as error:

@@ -102,6 +102,7 @@ class RedisBackend(StorageBackend):
         sentinel_password = from_environment(options.sentinel_password_env)
         dial = Dial(url, login, sentinel_password, options.tls)
         self._servers = Servers(url.hosts, dial, options.sentinel, options.cluster)
+        self._servers.pool.on_progress = lambda: self.on_progress()  # the tier's, once it is set
         try:
             self.ping(_OPEN_SECONDS)
         except Refused as error:

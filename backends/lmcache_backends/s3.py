@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -144,9 +144,10 @@ class S3Backend(StorageBackend):
         self._options = options
         self._bucket, self._prefix = Bucket(url.bucket, _settings(options, url)), url.prefix
         self._conditional = True
+        self._waiting: set[Patience] = set()
         self._loop = Loop("lmcache-s3")
         try:  # a list, for the answer to a HEAD would not tell the reason
-            self._loop.call(self._list({"MaxKeys": 1}, Patience(_OPEN_SECONDS)))
+            self._loop.call(self._list({"MaxKeys": 1}, self._patience(_OPEN_SECONDS)))
         except (Refused, Mistake) as error:
             if problem := self._problem(error):
                 self.close()
@@ -157,7 +158,7 @@ class S3Backend(StorageBackend):
             pass
 
     def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
-        return self._loop.call(self._find(keys, Patience(timeout)))
+        return self._loop.call(self._find(keys, self._patience(timeout)))
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
@@ -165,7 +166,8 @@ class S3Backend(StorageBackend):
         arrived: queue.SimpleQueue[tuple[int, Parts] | None] = queue.SimpleQueue()
         slots = asyncio.Semaphore(self._options.parallel)
         split = len(keys) < self._options.parallel
-        load = _Load(keys, allocate, Patience(timeout), split, slots, arrived)
+        patience = self._patience(timeout)
+        load = _Load(keys, allocate, patience, self.on_progress, split, slots, arrived)
         job = self._loop.submit(self._load(load))
         job.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -183,16 +185,16 @@ class S3Backend(StorageBackend):
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:
-        return self._loop.call(self._store(frames, Patience(timeout)))
+        return self._loop.call(self._store(frames, self._patience(timeout)))
 
     def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._loop.call(self._remove([self._name(key) for key in keys], Patience(timeout)))
+        self._loop.call(self._remove([self._name(key) for key in keys], self._patience(timeout)))
 
     def scan(self) -> Iterator[Stored]:
         name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
         more: dict[str, Any] = {}
         while True:
-            page = self._loop.call(self._list(more, Patience(_SCAN_SECONDS)))
+            page = self._loop.call(self._list(more, self._patience(_SCAN_SECONDS)))
             for entry in page.get("Contents", ()):
                 if match := name.fullmatch(entry["Key"]):
                     yield Stored(ChunkKey.parse(match[2]), entry["Size"])
@@ -201,7 +203,7 @@ class S3Backend(StorageBackend):
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     def ping(self, timeout: float) -> None:
-        self._loop.call(self._knock(Patience(timeout)))
+        self._loop.call(self._knock(self._patience(timeout)))
 
     def close(self) -> None:
         self._loop.close(self._bucket.close)
@@ -220,6 +222,9 @@ class S3Backend(StorageBackend):
         if 400 <= error.status < 500 or error.status == 301:
             return f"{bucket} {reasons.get(error.status, 'cannot be used')}: {error}"
         return ""
+
+    def _patience(self, timeout: float) -> Patience:
+        return Patience(timeout, self._waiting)
 
     def _name(self, key: ChunkKey) -> str:
         text = str(key)
@@ -280,7 +285,7 @@ class S3Backend(StorageBackend):
                 self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
                 for at in range(here, nbytes, _RANGE)
             ]
-            await together([_fill(buffer[:here], first["Body"], load.patience), *rest])
+            await together([_fill(buffer[:here], first["Body"], load), *rest])
         return buffer
 
     async def _read_range(
@@ -291,7 +296,7 @@ class S3Backend(StorageBackend):
         async with answer["Body"]:
             if answer["ContentLength"] != target.nbytes:
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
-            await _fill(target, answer["Body"], load.patience)
+            await _fill(target, answer["Body"], load)
 
     async def _store(self, frames: Sequence[tuple[ChunkKey, Parts]], patience: Patience) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
@@ -370,6 +375,7 @@ class _Load(NamedTuple):
     keys: Sequence[ChunkKey]
     allocate: Allocate
     patience: Patience
+    on_progress: Callable[[], None]
     split: bool
     """Read a large frame by ranges, for connections are left over."""
     slots: asyncio.Semaphore
@@ -432,7 +438,7 @@ def _range(start: int) -> str:
     return f"bytes={start}-{start + _RANGE - 1}"
 
 
-async def _fill(buffer: memoryview, body: Any, patience: Patience) -> None:
+async def _fill(buffer: memoryview, body: Any, load: _Load) -> None:
     """Read a body of just that size."""
     filled = 0
     while filled < buffer.nbytes:
@@ -440,5 +446,6 @@ async def _fill(buffer: memoryview, body: Any, patience: Patience) -> None:
             n = await body.readinto(buffer[filled:])
         if n == 0:
             raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
-        patience.moved(n)
+        load.patience.moved(n)
+        load.on_progress()
         filled += n

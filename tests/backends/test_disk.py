@@ -385,6 +385,28 @@ def test_reading_lands_in_the_callers_buffer(backend: DiskBackend) -> None:
     assert [part.obj for part in parts] == [buffer.obj for buffer in buffers]
 
 
+def test_a_slow_disk_is_told_from_one_that_hangs(
+    backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large frames show that they move before they are whole."""
+    put(backend, 1, nbytes=7 << 20)
+    progress: list[int] = []
+    real = os.preadv
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        progress.append(0)
+        return real(fd, buffers, offset)
+
+    def moved() -> None:
+        progress[-1] += 1
+
+    monkeypatch.setattr(disk.os, "preadv", counting)
+    backend.on_progress = moved
+    ((_, parts),) = backend.get([key(1)], allocate, 1.0)
+    assert b"".join(parts) == bytes(7 << 20)
+    assert progress == [1, 1, 1, 1]
+
+
 def test_reading_a_chunk_costs_four_system_calls(
     backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

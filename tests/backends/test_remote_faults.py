@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +16,21 @@ import pytest
 import lmcache_core
 from lmcache_core import Chunk, ChunkKey, Namespace, Tensors
 from lmcache_core.engine import CacheEngine
+from lmcache_core.patience import SLOWEST
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.core.conftest import gather, is_right, layout, namespace  # noqa: F401
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
-from tests.servers import PATIENCE, Proxy, Server, free_port, running
+from tests.servers import PATIENCE, Proxy, Server, eventually, free_port, running
 
 CHUNKS = 12
 TOKENS = 64
 """4 KiB of KV a chunk."""
+LARGE = 256
+"""Times as many for a MiB."""
 DEADLINE = 0.25
+LOADS = 8
+"""At a time, as vLLM's connector has them."""
 
 Gather = Callable[[int, Tensors], None]
 IsRight = Callable[[Chunk], bool]
@@ -167,6 +174,65 @@ def test_a_dead_store_costs_one_deadline_and_comes_back_by_itself(
     assert time.monotonic() - began < 20 * DEADLINE  # it is bypassed
     store.server.thaw()
     comes_back(cache, keys, is_right)
+
+
+@pytest.fixture
+def large_keys(store: Store, namespace: Namespace, gather: Gather) -> Sequence[ChunkKey]:  # noqa: F811
+    """As `keys`, of chunks of a MiB."""
+    tokens = LARGE * TOKENS
+    keys = namespace.keys(range(4 * tokens), tokens)
+    tier = {**store.tier, **store.direct, "deadline": PATIENCE}
+    with lmcache_core.open({"chunk_size": tokens, "tiers": [tier]}) as cache:
+        assert cache.store(namespace, keys, gather) == len(keys)
+        assert cache.flush(PATIENCE)
+    return keys
+
+
+def test_loads_that_share_a_line_share_the_patience(
+    store: Store,
+    large_keys: Sequence[ChunkKey],
+    is_right: IsRight,  # noqa: F811
+) -> None:
+    """Together they get twice what counts as stuck, each a quarter of it."""
+    tier = {**store.tier, "deadline": DEADLINE}
+    connections = 4 if store.tier["backend"] == "s3" else 2  # of a load
+    with lmcache_core.open({"chunk_size": LARGE * TOKENS, "tiers": [tier]}) as cache:
+        store.proxy.rate = 2 * SLOWEST / (LOADS * connections)
+        with ThreadPoolExecutor(LOADS) as threads:
+            loads = [threads.submit(loaded, cache, large_keys, is_right) for _ in range(LOADS)]
+            assert [load.result() for load in loads] == [len(large_keys)] * LOADS
+        assert not cache.bypassed(0)
+
+
+def test_a_connection_that_hangs_among_others_that_flow_is_found_out(
+    store: Store,
+    large_keys: Sequence[ChunkKey],
+    is_right: IsRight,  # noqa: F811
+) -> None:
+    """As one that a firewall forgot: it costs its own load the deadline, however long others go
+    on."""
+    tier = {**store.tier, "deadline": DEADLINE}
+    with lmcache_core.open({"chunk_size": LARGE * TOKENS, "tiers": [tier]}) as cache:
+        store.proxy.rate = 2 * SLOWEST
+        stop = threading.Event()
+
+        def go_on() -> None:
+            while not stop.is_set():
+                loaded(cache, large_keys, is_right)
+
+        with ThreadPoolExecutor(4) as threads:
+            others = [threads.submit(go_on) for _ in range(4)]
+            eventually(lambda: cache.stats().get(("loaded", cache.tiers[0].name), 0) > 20)
+            store.proxy.mute = 1
+            began = time.monotonic()
+            try:
+                eventually(lambda: cache.bypassed(0))
+            finally:
+                stop.set()
+            assert time.monotonic() - began < 4 * DEADLINE + 1.0
+            for other in others:
+                other.result()
+        comes_back(cache, large_keys, is_right)
 
 
 def test_a_server_that_is_killed_and_started_anew_is_filled_again(

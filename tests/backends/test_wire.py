@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_backends._options import Address
-from lmcache_backends._wire import SLOWEST, Wire
+from lmcache_backends._wire import SLOWEST, Pool, Wire
 from lmcache_core import StorageError
 from tests.certificates import Authority
 from tests.servers import eventually
@@ -151,9 +151,10 @@ def test_silence_and_a_full_pipe_cost_the_patience_and_no_more(kind: str) -> Non
 
 
 def steady(sock: socket.socket, portion: bytes, pause: float, count: int) -> None:
-    for _ in range(count):
-        sock.sendall(portion)
-        time.sleep(pause)
+    with contextlib.suppress(OSError):  # the other side has given up
+        for _ in range(count):
+            sock.sendall(portion)
+            time.sleep(pause)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -181,6 +182,50 @@ def test_a_trickle_is_no_progress(kind: str) -> None:
             wire.begin(0.2)  # less than it takes in all
             wire.read_into(memoryview(bytearray(len(portion) * count)))
             thread.join()
+
+
+@pytest.mark.parametrize("users", [1, 8])
+def test_connections_in_use_share_the_rate_that_counts_as_stuck(users: int) -> None:
+    """A third of SLOWEST is enough for one of eight, and not for one alone."""
+    portion, count = bytes(SLOWEST // 300), 80
+    with pair() as (wire, theirs), contextlib.ExitStack() as stack:
+        wire.users = range(users)
+        thread = threading.Thread(target=steady, args=(theirs, portion, 0.01, count))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(wire.close)
+        wire.begin(0.2)
+        if users == 1:
+            stack.enter_context(pytest.raises(TimeoutError))
+        wire.read_into(memoryview(bytearray(len(portion) * count)))
+
+
+def test_a_pool_counts_the_connections_in_use_and_tells_of_what_comes() -> None:
+    with contextlib.ExitStack() as stack:
+        ends: list[socket.socket] = []
+
+        def dial(address: Address, timeout: float) -> Wire:
+            wire, theirs = stack.enter_context(pair())
+            ends.append(theirs)
+            return wire
+
+        pool = Pool(dial)
+        progress: list[int] = []
+        pool.on_progress = lambda: progress.append(1)
+        first, second, third = (pool.take(ADDRESS, 1.0) for _ in range(3))
+        assert len(first.users) == len(second.users) == 3
+        pool.give(second)
+        assert len(first.users) == 2
+        assert pool.take(ADDRESS, 1.0) is second
+        assert len(first.users) == 3
+        pool.give(third)
+        pool.distrust(ADDRESS)
+        pool.close()
+        pool.give(second)  # closes it
+        assert len(first.users) == 1
+        ends[0].sendall(b"line\r\n")
+        assert first.line() == b"line"
+        assert progress == [1]
 
 
 def test_a_value_that_begins_late_has_the_time_that_its_bytes_take() -> None:
