@@ -172,8 +172,7 @@ def s3_tier(folder: Path) -> Iterator[dict[str, Any]]:
     with s3_server(folder) as server:
         login = f"{KEY_ID}:{SECRET.replace('/', '%2F')}"
         url = f"s3://{login}@{BUCKET}"
-        # Eight loads at once share two cores with their server and with vLLM.
-        yield {"backend": "s3", "url": url, "endpoint": server.endpoint, "deadline": "10s"}
+        yield {"backend": "s3", "url": url, "endpoint": server.endpoint}
 
 
 @contextlib.contextmanager
