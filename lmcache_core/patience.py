@@ -34,7 +34,7 @@ class Flow:
         self._shared = self._shared_at = 0.0
 
     def moved(self) -> None:
-        """Bytes came, for whichever load. Needs no lock."""
+        """The store sent something, for whichever load. Needs no lock."""
         self.moved_at = time.monotonic()
 
     def shared(self) -> float:
@@ -58,7 +58,7 @@ class Patience:
         self._promised = 0
         """Bytes of frames that began to come and are not there yet."""
         self._waited = 0.0
-        """Shared seconds, less what the frames that came may have taken."""
+        """Shared seconds, less what the chunks that came may have taken."""
         self._since: float | None = None
         """The shared second up to which the wait that is under way, if any, is counted."""
 
@@ -71,9 +71,13 @@ class Patience:
         """A frame of so many bytes is there."""
         self._flow.moved()
         with self._flow.lock:
-            self._count()
             self._promised = max(0, self._promised - nbytes)
-            self._waited = max(0.0, self._waited - nbytes / SLOWEST)
+            self._earn(nbytes)
+
+    def decoded(self, more: int) -> None:
+        """The frame became a chunk of so many bytes more: that took time, too."""
+        with self._flow.lock:
+            self._earn(max(0, more))
 
     def take(self, box: queue.Queue[T]) -> T:
         """The next of a stream's chunks. Raises DeadlineExceeded."""
@@ -105,6 +109,10 @@ class Patience:
             silence = time.monotonic() - max(began, self._flow.moved_at)
             behind = self._waited - self._promised / SLOWEST
             return min(deadline - silence, (deadline - behind) * self._flow.waiting)
+
+    def _earn(self, nbytes: int) -> None:
+        self._count()
+        self._waited = max(0.0, self._waited - nbytes / SLOWEST)
 
     def _count(self) -> None:
         shared = self._flow.shared()

@@ -1,6 +1,7 @@
 """Tier: a backend with its serde chain, deadline, breakers and write-behind queue.
 
-Nothing here raises for what a store does, and nothing waits longer than the tier's deadline.
+Nothing here raises for what a store does. A silent store costs the tier's deadline, whoever waits;
+how long one may take that sends something says patience.py.
 """
 
 from __future__ import annotations
@@ -152,14 +153,20 @@ class Tier:
         keys = [key for _, key in wanted]
 
         def allocate(nbytes: int) -> memoryview:
+            buffer = _allocate(nbytes)
             patience.promise(nbytes)
-            return _allocate(nbytes)
+            return buffer
 
         for place, parts in self._backend.get(keys, allocate, self._deadline):
-            patience.came(sum(part.nbytes for part in parts))
+            nbytes = sum(part.nbytes for part in parts)
+            patience.came(nbytes)
             i, key = wanted[place]
-            yield i, self._decode(parts, key)
+            got = self._decode(parts, key)
             del parts
+            if isinstance(got, Chunk):
+                patience.decoded(got.nbytes - nbytes)
+            yield i, got
+            del got
 
     def _merged(
         self, streams: Sequence[Sequence[_Wanted]], patience: Patience

@@ -133,7 +133,8 @@ class Proxy:
     stall_after: bytes after which nothing comes any more, while the connection stays open.
     garble_at: (offset, bytes): put these in the place of what the server sent.
     rate: bytes a second.
-    mute: how many connections, the next that the server answers on, never bring anything again.
+    mute: how many connections, the next that are in the middle of a large answer, never bring
+    anything again.
     Bytes are counted for each connection, from its beginning or from when the fault was set.
     """
 
@@ -143,6 +144,7 @@ class Proxy:
         self.garble_at: tuple[int, bytes] | None = None
         self.rate: float | None = None
         self.mute = 0
+        self._muting = threading.Lock()
         self.connections = 0
         self.asked = 0
         """Bytes that clients sent, over all connections."""
@@ -193,22 +195,23 @@ class Proxy:
                 self._pump(client, server)
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        passed, faults, mute = 0, self._faults(), False
+        passed, faults, mute, row = 0, self._faults(), False, 0
         speaking: socket.socket = server
         while not self._closing.is_set():
             if faults != self._faults():
                 passed, faults = 0, self._faults()
             stalled = mute or (self.stall_after is not None and passed >= self.stall_after)
             for sock in select.select([client] if stalled else [client, server], [], [], 0.05)[0]:
-                if sock is server and self.mute:
-                    self.mute, mute = self.mute - 1, True
-                    continue
+                if row > 100_000 and self._is_muted_now():
+                    mute = True
+                    break
                 data = sock.recv(self._portion(passed) if sock is server else 1 << 16)
                 if not data:
                     return
                 if sock is client:
                     self.asked += len(data)
                     self.round_trips += speaking is server
+                row = 0 if sock is client else row + len(data)
                 speaking = sock
                 if sock is client:
                     server.sendall(data)
@@ -220,6 +223,12 @@ class Proxy:
                     return
                 if self.rate is not None:
                     self._closing.wait(len(data) / self.rate)
+
+    def _is_muted_now(self) -> bool:
+        with self._muting:
+            muted = self.mute > 0
+            self.mute -= muted
+        return muted
 
     def _faults(self) -> tuple[object, ...]:
         return self.cut_after, self.stall_after, self.garble_at

@@ -243,6 +243,7 @@ class Link(Wire):
     def close(self) -> None:
         """Close the connection."""
         self._connection.disconnect()
+        super().close()
 
 
 class _Asking(Lane[Link]):

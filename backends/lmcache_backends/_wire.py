@@ -9,9 +9,8 @@ import socket
 import ssl
 import threading
 import time
-import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from lmcache_backends._options import Address
@@ -56,8 +55,8 @@ class Wire:
         self._low = 1
         """Bytes that have to be there before the system wakes us."""
         self._deadline = self._patience = self._moved_at = 0.0
-        self.users: Sized = ()
-        """The connections that share the line, this one among them."""
+        self.users: set[Wire] = {self}
+        """The connections that share the line."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called when bytes came."""
 
@@ -160,6 +159,7 @@ class Wire:
 
     def close(self) -> None:
         """Close the socket."""
+        self.users.discard(self)
         self._sock.close()
 
     def _receive(self, target: memoryview) -> int:
@@ -181,13 +181,15 @@ class Wire:
 
     def _move(self, step: Callable[..., int], what: object) -> int:
         """How many bytes one system call moved; the patience grows with them."""
+        share = self._share()  # others may have ended in the middle of it
         try:
             moved = step(what)
             now = time.monotonic()
         except TimeoutError:
             now, moved = self._deadline + 1.0, 0
         self._moved_at = now
-        self._deadline = min(now + self._patience, self._deadline + moved / self._share())
+        share = min(share, self._share())
+        self._deadline = min(now + self._patience, self._deadline + moved / share)
         if now > self._deadline:
             raise TimeoutError(f"no answer within {self._patience:.3g} s")
         return moved
@@ -204,8 +206,8 @@ class Pool(Generic[W]):
         self._dial = dial
         self.on_progress: Callable[[], None] = lambda: None
         """Called when bytes came over any."""
-        self._used: weakref.WeakSet[W] = weakref.WeakSet()
-        """Those that somebody has taken, or closed and not yet dropped."""
+        self._used: set[Wire] = set()
+        """Those that somebody has taken, and neither given back nor closed."""
         self._idle: dict[Address, list[W]] = defaultdict(list)
         self._lock = threading.Lock()
         self._closed = False

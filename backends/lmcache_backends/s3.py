@@ -50,6 +50,8 @@ from lmcache_core import (
 
 _FIRST_WAVE, _WAVE = 16, 64
 """HEADs at a time: at first, and then."""
+_AT_ONCE = 8
+"""Calls that have all connections they want; with more, some wait for those of others."""
 _DELETES = 1000
 """Keys in one DeleteObjects: the most that S3 takes."""
 _RANGE = 8 << 20
@@ -421,7 +423,7 @@ def _settings(options: S3Options, url: Url) -> dict[str, Any]:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         retries={"total_max_attempts": 1},
-        max_pool_connections=2 * max(options.parallel, _WAVE),
+        max_pool_connections=_AT_ONCE * max(options.parallel, _WAVE),
         client_cert=(files if len(files) == 2 else files[0]) if files else None,
     )
     return {

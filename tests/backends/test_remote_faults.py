@@ -29,6 +29,8 @@ TOKENS = 64
 LARGE = 256
 """Times as many for a MiB."""
 DEADLINE = 0.25
+CALM = 1.0
+"""The same where many connections are made at once, on a busy machine."""
 LOADS = 8
 """At a time, as vLLM's connector has them."""
 
@@ -180,7 +182,7 @@ def test_a_dead_store_costs_one_deadline_and_comes_back_by_itself(
 def large_keys(store: Store, namespace: Namespace, gather: Gather) -> Sequence[ChunkKey]:  # noqa: F811
     """As `keys`, of chunks of a MiB."""
     tokens = LARGE * TOKENS
-    keys = namespace.keys(range(4 * tokens), tokens)
+    keys = namespace.keys(range(8 * tokens), tokens)
     tier = {**store.tier, **store.direct, "deadline": PATIENCE}
     with lmcache_core.open({"chunk_size": tokens, "tiers": [tier]}) as cache:
         assert cache.store(namespace, keys, gather) == len(keys)
@@ -194,8 +196,8 @@ def test_loads_that_share_a_line_share_the_patience(
     is_right: IsRight,  # noqa: F811
 ) -> None:
     """Together they get twice what counts as stuck, each a quarter of it."""
-    tier = {**store.tier, "deadline": DEADLINE}
-    connections = 4 if store.tier["backend"] == "s3" else 2  # of a load
+    tier = {**store.tier, "deadline": CALM}
+    connections = 8 if store.tier["backend"] == "s3" else 2  # of a load
     with lmcache_core.open({"chunk_size": LARGE * TOKENS, "tiers": [tier]}) as cache:
         store.proxy.rate = 2 * SLOWEST / (LOADS * connections)
         with ThreadPoolExecutor(LOADS) as threads:
@@ -211,7 +213,7 @@ def test_a_connection_that_hangs_among_others_that_flow_is_found_out(
 ) -> None:
     """As one that a firewall forgot: it costs its own load the deadline, however long others go
     on."""
-    tier = {**store.tier, "deadline": DEADLINE}
+    tier = {**store.tier, "deadline": CALM}
     with lmcache_core.open({"chunk_size": LARGE * TOKENS, "tiers": [tier]}) as cache:
         store.proxy.rate = 2 * SLOWEST
         stop = threading.Event()
@@ -220,16 +222,17 @@ def test_a_connection_that_hangs_among_others_that_flow_is_found_out(
             while not stop.is_set():
                 loaded(cache, large_keys, is_right)
 
-        with ThreadPoolExecutor(4) as threads:
+        given_up = ("tier_open", "reads", cache.tiers[0].name)
+        with ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
             others = [threads.submit(go_on) for _ in range(4)]
+            stack.callback(stop.set)
             eventually(lambda: cache.stats().get(("loaded", cache.tiers[0].name), 0) > 20)
+            assert given_up not in cache.stats()
             store.proxy.mute = 1
             began = time.monotonic()
-            try:
-                eventually(lambda: cache.bypassed(0))
-            finally:
-                stop.set()
-            assert time.monotonic() - began < 4 * DEADLINE + 1.0
+            eventually(lambda: given_up in cache.stats())
+            assert time.monotonic() - began < 4 * CALM
+            stop.set()
             for other in others:
                 other.result()
         comes_back(cache, large_keys, is_right)

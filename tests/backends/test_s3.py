@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import random
@@ -38,7 +39,7 @@ from tests.s3_server import (
     client,
     s3_server,
 )
-from tests.servers import PATIENCE, Proxy, free_port
+from tests.servers import PATIENCE, Proxy, eventually, free_port
 
 pytestmark = pytest.mark.xdist_group("s3")  # one worker, so one server
 LOGIN = f"{KEY_ID}:{SECRET.replace('/', '%2F')}@"
@@ -776,6 +777,22 @@ def test_what_moves_may_take_longer_and_what_crawls_may_not(
     with pytest.raises(TimeoutError):
         get(backend, 1, timeout=0.5)
     assert time.monotonic() - began < 10
+
+
+def test_eight_loads_of_two_streams_have_all_connections_that_they_want(
+    proxy: Proxy, prefix: str, opened: Callable[..., S3Backend]
+) -> None:
+    """One that waits for a connection hears nothing, like one whose server hangs."""
+    backend = opened(proxy.port, prefix)
+    numbers = range(16)
+    put(backend, *numbers)
+    proxy.stall_after, before = 0, proxy.connections
+    with ThreadPoolExecutor(16) as threads, contextlib.ExitStack() as stack:
+        calls = [threads.submit(get, backend, *numbers, timeout=PATIENCE) for _ in range(16)]
+        stack.callback(proxy.heal)
+        eventually(lambda: proxy.connections >= 16 * 16 - before)  # those were there
+        proxy.heal()
+        assert all(len(call.result()) == 16 for call in calls)
 
 
 def test_cuts_under_threads_mix_nothing_up(

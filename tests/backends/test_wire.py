@@ -189,7 +189,7 @@ def test_connections_in_use_share_the_rate_that_counts_as_stuck(users: int) -> N
     """A third of SLOWEST is enough for one of eight, and not for one alone."""
     portion, count = bytes(SLOWEST // 300), 80
     with pair() as (wire, theirs), contextlib.ExitStack() as stack:
-        wire.users = range(users)
+        wire.users = set(range(users))
         thread = threading.Thread(target=steady, args=(theirs, portion, 0.01, count))
         thread.start()
         stack.callback(thread.join)

@@ -134,16 +134,31 @@ def test_loads_that_share_a_store_share_the_slowest_rate(flow: Flow) -> None:
     assert patience.take(box) == "chunk"
 
 
-def test_a_load_that_shared_a_store_is_not_judged_as_if_it_had_been_alone(flow: Flow) -> None:
-    """The other one got what it wanted while it waited."""
-    box, others = queue.Queue[str](), queue.Queue[str]()
-    other = threading.Thread(target=Patience(flow).take, args=(others,))
+def test_a_load_that_shared_a_store_is_not_judged_as_if_it_had_been_alone() -> None:
+    """The other three got what they wanted in its second deadline; it looks again when it has
+    waited for two, and gets its own then."""
+    flow = Flow(1.0)
+    box, theirs = queue.Queue[str](), queue.Queue[str]()
+    others = [threading.Thread(target=Patience(flow).take, args=(theirs,)) for _ in range(3)]
     with each_tick(flow.moved):
-        other.start()
-        soon(others, 1.4 * DEADLINE)
-        soon(box, 1.6 * DEADLINE)
+        for other in others:
+            other.start()
+            soon(theirs, 1.6)
+        soon(box, 2.1)
         assert Patience(flow).take(box) == "chunk"
-    other.join()
+    for other in others:
+        other.join()
+
+
+def test_decoding_earns_what_the_chunk_has_more_than_its_frame(flow: Flow) -> None:
+    patience = Patience(flow)
+    for _ in range(5):
+        box = queue.Queue[str]()
+        soon(box, 0.6 * DEADLINE)
+        with each_tick(flow.moved):
+            patience.take(box)
+        patience.came(100)
+        patience.decoded(int(DEADLINE * SLOWEST))
 
 
 @pytest.mark.usefixtures("others")
