@@ -140,16 +140,23 @@ class Tier:
             yield i, Miss(reason)
 
     def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
-        patience = Patience(self._flow)
         if self.in_memory:
-            return self._read(wanted, patience)
+            return self._recall(wanted)
         streams = min(self._backend.streams, len(wanted))
-        return self._merged([wanted[n::streams] for n in range(streams)], patience)
+        return self._merged([wanted[n::streams] for n in range(streams)])
+
+    def _recall(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+        """Frames from memory, decoded: nobody waits for them."""
+        keys = [key for _, key in wanted]
+        for place, parts in self._backend.get(keys, _allocate, self._deadline):
+            i, key = wanted[place]
+            yield i, self._decode(parts, key)
+            del parts
 
     def _read(
         self, wanted: Sequence[_Wanted], patience: Patience
     ) -> Iterator[tuple[int, Chunk | Miss]]:
-        """Frames from the backend, decoded."""
+        """Frames from a store that may be slow, decoded."""
         keys = [key for _, key in wanted]
 
         def allocate(nbytes: int) -> memoryview:
@@ -168,12 +175,11 @@ class Tier:
             yield i, got
             del got
 
-    def _merged(
-        self, streams: Sequence[Sequence[_Wanted]], patience: Patience
-    ) -> Iterator[tuple[int, Chunk | Miss]]:
+    def _merged(self, streams: Sequence[Sequence[_Wanted]]) -> Iterator[tuple[int, Chunk | Miss]]:
         """What a thread for each stream reads ahead, in turn. They may hang; this does not."""
         boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
         stop = threading.Event()
+        patience = Patience(self._flow)
         try:
             for wanted, box in zip(streams, boxes, strict=True):
                 self._readers.submit(partial(self._pump, wanted, patience, box, stop))
