@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import lmcache_core
 from lmcache_connectors.transformers import attach
 from lmcache_core import CacheEngine
-from tests.connectors.test_transformers import build, config, greedy, loaded, tokens
+from tests.connectors.transformers.test_generate import build, config, greedy, loaded, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
