@@ -12,6 +12,7 @@ from lmcache_core.errors import (
     FrameError,
     LayoutError,
     LmcacheError,
+    NoContent,
     StorageError,
     UnknownComponent,
 )
@@ -19,6 +20,7 @@ from lmcache_core.eviction import LRU, EvictionPolicy
 from lmcache_core.frame import Chunk
 from lmcache_core.hooks import hookimpl
 from lmcache_core.keys import ChunkKey, Namespace, TokenIds, tenant_digest
+from lmcache_core.kv.content import combined_digest, tensor_digests
 from lmcache_core.layout import (
     KVLayout,
     LayerGroup,
@@ -58,6 +60,7 @@ __all__ = [
     "LayoutError",
     "LmcacheError",
     "Namespace",
+    "NoContent",
     "Options",
     "Parts",
     "Serde",
@@ -78,6 +81,7 @@ __all__ = [
     "asks_strict",
     "byte_array",
     "byte_view",
+    "combined_digest",
     "component",
     "copy_exact",
     "cut",
@@ -93,6 +97,7 @@ __all__ = [
     "scratch",
     "start_thread",
     "tenant_digest",
+    "tensor_digests",
     "views",
 ]
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ LmcacheError
 ├── ConfigError            cannot be used; names file, line, key and what was expected
 │   └── UnknownComponent   no backend, serde, ... of that name; lists the known ones
 ├── LayoutError            tensors do not fit the KVLayout: a programming error, raised at once
+├── NoContent              a tensor has no bytes that can be read, so that nobody knows it
 ├── FrameError             not the frame asked for; `.reason` is the counted miss reason
 └── StorageError           a backend could not do what it was asked; never reaches an engine
     └── DeadlineExceeded   ... in time
@@ -26,6 +27,10 @@ class UnknownComponent(ConfigError):
 
 class LayoutError(LmcacheError, ValueError):
     """A tensor's shape, dtype or device does not fit what the KVLayout says."""
+
+
+class NoContent(LmcacheError):
+    """A tensor without bytes that can be read: meta, fake, or of a layout that nobody knows."""
 
 
 class FrameError(LmcacheError):

@@ -1,0 +1,1 @@
+"""What KV is, and whose: the content of a model's tensors."""
