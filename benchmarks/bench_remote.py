@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmcache_core import ChunkKey, StorageBackend, component
-from lmcache_core.memory import HOST
+from lmcache_core.io.memory import HOST
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server

@@ -37,10 +37,10 @@ from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache
 
-from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, Workers, component
-from lmcache_core.chain import SerdeChain
-from lmcache_core.frame import decode, encode
-from lmcache_core.tier import ENCODERS
+from lmcache_core import Chunk, DaemonPool, KVLayout, LayerGroup, Namespace, component
+from lmcache_core.engine.tier import ENCODERS
+from lmcache_core.frames.frame import decode, encode
+from lmcache_core.frames.pipeline import Pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -90,14 +90,14 @@ class Row:
     sizes: list[float] = field(default_factory=list, repr=False)
 
 
-def chain_of(steps: list[Step]) -> SerdeChain:
+def chain_of(steps: list[Step]) -> Pipeline:
     """The chain of these steps."""
     serdes = []
     for step in steps:
         name, options = (step, {}) if isinstance(step, str) else step
         cls = component("serdes", name)
         serdes.append(cls(cls.Options(**options)))
-    return SerdeChain(serdes)
+    return Pipeline(serdes)
 
 
 def layout_of(model: Any) -> KVLayout:
@@ -153,7 +153,7 @@ def chunks_of(namespace: Namespace, keys: torch.Tensor, values: torch.Tensor) ->
     ]  # fmt: skip
 
 
-def through(chain: SerdeChain, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, float]:
+def through(chain: Pipeline, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Keys and values after encoding and decoding, and the ratio."""
     frames = [memoryview(bytearray().join(encode(chunk, chain))) for chunk in chunks]
     got = [decode([data], chunk.key).tensors for data, chunk in zip(frames, chunks, strict=True)]
@@ -185,7 +185,7 @@ def measure_quality(model: Any, document: torch.Tensor, rows: list[Row]) -> None
 
 def measure_speed(chunks: list[Chunk], rows: list[Row], rounds: int) -> None:
     """GB/s of one chunk on one thread, and of all on the threads that a tier encodes on."""
-    workers, chunk = Workers("encode", ENCODERS), chunks[1]
+    workers, chunk = DaemonPool("encode", ENCODERS), chunks[1]
     nbytes = sum(c.nbytes for c in chunks)
     for row in rows:
         chain = chain_of(CHAINS[row.chain])
@@ -193,7 +193,7 @@ def measure_speed(chunks: list[Chunk], rows: list[Row], rounds: int) -> None:
         row.encode = speed(lambda: encode(chunk, chain), chunk.nbytes, rounds)  # noqa: B023
         row.decode = speed(lambda: decode([data], chunk.key), chunk.nbytes, rounds)  # noqa: B023
 
-        def encode_all(chain: SerdeChain = chain) -> None:
+        def encode_all(chain: Pipeline = chain) -> None:
             jobs = [workers.submit(partial(encode, c, chain)) for c in chunks]
             for job in jobs:
                 job.result()

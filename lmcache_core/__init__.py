@@ -1,11 +1,18 @@
 """lmcache-core: stores the KV cache of LLM inference once and hands it back to every request."""
 
-from lmcache_core.backend import Allocate, Options, StorageBackend, Stored
-from lmcache_core.components import component, known
-from lmcache_core.config import Config, Duration, SerdeConfig, Size, TierConfig, asks_strict
-from lmcache_core.config import load as load_config
+from lmcache_core.backend import (
+    Allocate,
+    DaemonPool,
+    StorageBackend,
+    Stored,
+    host_register,
+    start_thread,
+)
+from lmcache_core.config.models import Config, SerdeConfig, TierConfig, strict_requested
+from lmcache_core.config.models import load as load_config
 from lmcache_core.connector import Connector
-from lmcache_core.engine import CacheEngine, Hit, TierInfo, open
+from lmcache_core.engine.engine import CacheEngine, Gather, open
+from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -16,32 +23,36 @@ from lmcache_core.errors import (
     StorageError,
     UnknownComponent,
 )
-from lmcache_core.eviction import LRU, EvictionPolicy
-from lmcache_core.frame import Chunk
-from lmcache_core.hooks import hookimpl
-from lmcache_core.keys import ChunkKey, Namespace, TokenIds, tenant_digest
+from lmcache_core.io.buffers import Buffers, concat, split_at
+from lmcache_core.io.device import pooled_empty, record_event, side_stream
+from lmcache_core.io.threads import run_threads_on
+from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.content import combined_digest, tensor_digests
-from lmcache_core.layout import (
+from lmcache_core.kv.keys import ChunkKey, TokenIds
+from lmcache_core.kv.layout import (
+    DTYPES,
     KVLayout,
     LayerGroup,
     Tensors,
     TensorSpec,
-    byte_array,
-    byte_view,
-    copy_exact,
-    views,
+    dtype_name,
 )
-from lmcache_core.memory import own_stream, pin, point, scratch
-from lmcache_core.observers import LOG
-from lmcache_core.parts import Parts, cut, joined
+from lmcache_core.kv.namespace import Namespace, tenant_digest
+from lmcache_core.kv.tensors import byte_array, byte_view, copy_exact, views
+from lmcache_core.plugins.hooks import hookimpl
+from lmcache_core.plugins.log import LOG
+from lmcache_core.plugins.options import Options
+from lmcache_core.plugins.registry import component, known
+from lmcache_core.plugins.units import Duration, Size
+from lmcache_core.policy.eviction import LRU, EvictionPolicy
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
-from lmcache_core.threads import run_threads_on, start_thread
-from lmcache_core.workers import Workers
 
 __all__ = [
+    "DTYPES",
     "LOG",
     "LRU",
     "Allocate",
+    "Buffers",
     "BytesToBytes",
     "CacheEngine",
     "Chunk",
@@ -50,10 +61,12 @@ __all__ = [
     "Config",
     "ConfigError",
     "Connector",
+    "DaemonPool",
     "DeadlineExceeded",
     "Duration",
     "EvictionPolicy",
     "FrameError",
+    "Gather",
     "Hit",
     "KVLayout",
     "LayerGroup",
@@ -62,7 +75,6 @@ __all__ = [
     "Namespace",
     "NoContent",
     "Options",
-    "Parts",
     "Serde",
     "SerdeConfig",
     "Size",
@@ -77,25 +89,25 @@ __all__ = [
     "TierInfo",
     "TokenIds",
     "UnknownComponent",
-    "Workers",
-    "asks_strict",
     "byte_array",
     "byte_view",
     "combined_digest",
     "component",
+    "concat",
     "copy_exact",
-    "cut",
+    "dtype_name",
     "hookimpl",
-    "joined",
+    "host_register",
     "known",
     "load_config",
     "open",
-    "own_stream",
-    "pin",
-    "point",
+    "pooled_empty",
+    "record_event",
     "run_threads_on",
-    "scratch",
+    "side_stream",
+    "split_at",
     "start_thread",
+    "strict_requested",
     "tenant_digest",
     "tensor_digests",
     "views",

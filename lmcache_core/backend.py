@@ -1,4 +1,4 @@
-"""StorageBackend: frames by key. What a third party implements to add a store."""
+"""What the author of a backend uses: StorageBackend, and the helpers that go with it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,43 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from lmcache_core.errors import ConfigError, DeadlineExceeded, StorageError
+from lmcache_core.io.buffers import Buffers, concat, split_at
+from lmcache_core.io.daemon_pool import DaemonPool
+from lmcache_core.io.device import host_register
+from lmcache_core.io.threads import start_thread
+from lmcache_core.kv.keys import ChunkKey
+from lmcache_core.plugins.log import LOG
+from lmcache_core.plugins.options import Options
+from lmcache_core.plugins.registry import component
+from lmcache_core.plugins.units import Duration, Size
+from lmcache_core.policy.eviction import LRU, EvictionPolicy
 
-from lmcache_core.keys import ChunkKey
-from lmcache_core.parts import Parts
+__all__ = [
+    "LOG",
+    "LRU",
+    "Allocate",
+    "Buffers",
+    "ChunkKey",
+    "ConfigError",
+    "DaemonPool",
+    "DeadlineExceeded",
+    "Duration",
+    "EvictionPolicy",
+    "Options",
+    "Size",
+    "StorageBackend",
+    "StorageError",
+    "Stored",
+    "component",
+    "concat",
+    "host_register",
+    "split_at",
+    "start_thread",
+]
 
 Allocate = Callable[[int], memoryview]
 """nbytes -> a writable buffer of exactly that size to read a frame into."""
-
-
-class Options(BaseModel):
-    """Base of every component's options: unknown keys and wrong types are config errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Stored(NamedTuple):
@@ -67,7 +91,7 @@ class StorageBackend(ABC):
     @abstractmethod
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Parts]]:
+    ) -> Iterator[tuple[int, Buffers]]:
         """Yield (index into keys, frame) as frames arrive, in any order; absent ones are left out.
 
         Read into a buffer from `allocate` (which any thread may call), or yield memory of your
@@ -77,7 +101,7 @@ class StorageBackend(ABC):
     @abstractmethod
     def put(
         self,
-        frames: Sequence[tuple[ChunkKey, Parts]],
+        frames: Sequence[tuple[ChunkKey, Buffers]],
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from lmcache_core.keys import Namespace
-from lmcache_core.layout import Tensors
+from lmcache_core.kv.layout import Tensors
+from lmcache_core.kv.namespace import Namespace
 
 
 class Connector(ABC):

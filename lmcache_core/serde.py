@@ -1,4 +1,4 @@
-"""Serde: one step between a chunk's tensors and a frame's payload; and chains of them."""
+"""What the author of a serde uses: the three kinds of Serde, and the helpers that go with them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lmcache_core.backend import Options
-from lmcache_core.layout import KVLayout, Tensors, TensorSpec
-from lmcache_core.parts import Parts
+from lmcache_core.errors import ConfigError, FrameError, LayoutError
+from lmcache_core.io.buffers import Buffers, concat, split_at
+from lmcache_core.io.daemon_pool import DaemonPool
+from lmcache_core.io.device import pooled_empty
+from lmcache_core.kv.layout import DTYPES, KVLayout, LayerGroup, Tensors, TensorSpec, dtype_name
+from lmcache_core.kv.tensors import byte_array, byte_view, views
+from lmcache_core.plugins.options import Options
+
+__all__ = [
+    "DTYPES",
+    "Buffers",
+    "BytesToBytes",
+    "ChunkInfo",
+    "ConfigError",
+    "DaemonPool",
+    "FrameError",
+    "KVLayout",
+    "LayerGroup",
+    "LayoutError",
+    "Options",
+    "Serde",
+    "TensorSpec",
+    "Tensors",
+    "TensorsToBytes",
+    "TensorsToTensors",
+    "byte_array",
+    "byte_view",
+    "concat",
+    "dtype_name",
+    "pooled_empty",
+    "split_at",
+    "views",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +89,7 @@ class TensorsToBytes(Serde):
         """The payload as buffers; views on the tensors where possible."""
 
     @abstractmethod
-    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+    def decode(self, parts: Buffers, specs: Sequence[TensorSpec]) -> Tensors:
         """Tensors of exactly these specs; views on the parts where possible. The payload may be
         cut into other parts than it was encoded as."""
 
@@ -68,14 +98,14 @@ class BytesToBytes(Serde):
     """Such as zstd or encryption."""
 
     @abstractmethod
-    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
+    def encode(self, parts: Buffers, context: bytes) -> list[memoryview]:
         """The payload transformed. `context` says whose it is (key, place, chain, namespace);
         it is stored beside the payload and given to decode again, for authentication."""
 
     @abstractmethod
     def decode(
         self,
-        parts: Parts,
+        parts: Buffers,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,

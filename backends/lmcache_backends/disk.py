@@ -26,12 +26,12 @@ from pathlib import Path
 
 from pydantic import field_validator
 
-from lmcache_core import (
+from lmcache_core.backend import (
     Allocate,
+    Buffers,
     ChunkKey,
     ConfigError,
     Options,
-    Parts,
     Size,
     StorageBackend,
     StorageError,
@@ -94,7 +94,7 @@ class DiskBackend(StorageBackend):
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Parts]]:
+    ) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
             parts = self._read(key, allocate)
             if parts is not None:
@@ -103,7 +103,7 @@ class DiskBackend(StorageBackend):
 
     def put(
         self,
-        frames: Sequence[tuple[ChunkKey, Parts]],
+        frames: Sequence[tuple[ChunkKey, Buffers]],
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:
@@ -138,7 +138,7 @@ class DiskBackend(StorageBackend):
         text = str(key)
         return f"{self._chunks}/{text[-3:]}/{text}"
 
-    def _read(self, key: ChunkKey, allocate: Allocate) -> Parts | None:
+    def _read(self, key: ChunkKey, allocate: Allocate) -> Buffers | None:
         try:  # non-blocking, lest a FIFO that somebody put there holds the thread
             fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
@@ -159,7 +159,7 @@ class DiskBackend(StorageBackend):
         finally:
             os.close(fd)
 
-    def _store(self, key: ChunkKey, parts: Parts, keep: set[str]) -> bool:
+    def _store(self, key: ChunkKey, parts: Buffers, keep: set[str]) -> bool:
         """Write a frame and show it; False where there is no room."""
         nbytes = sum(part.nbytes for part in parts)
         try:
@@ -172,7 +172,7 @@ class DiskBackend(StorageBackend):
             raise
         return tmp is not None
 
-    def _fill(self, tmp: str, key: ChunkKey, parts: Parts, nbytes: int) -> None:
+    def _fill(self, tmp: str, key: ChunkKey, parts: Buffers, nbytes: int) -> None:
         shown = False
         try:
             self._write(tmp, parts)
@@ -183,7 +183,7 @@ class DiskBackend(StorageBackend):
                     os.unlink(tmp)
                     self._release(nbytes)
 
-    def _write(self, tmp: str, parts: Parts) -> None:
+    def _write(self, tmp: str, parts: Buffers) -> None:
         fd = os.open(tmp, os.O_WRONLY | os.O_CLOEXEC)
         try:
             _write_all(fd, parts)
@@ -306,7 +306,7 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         return []
 
 
-def _write_all(fd: int, parts: Parts) -> None:
+def _write_all(fd: int, parts: Buffers) -> None:
     left = [part for part in parts if part.nbytes]
     while left:
         n = os.writev(fd, left[:_IOV_MAX])

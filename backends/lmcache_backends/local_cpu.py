@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 
-from lmcache_core import (
+from lmcache_core.backend import (
     Allocate,
+    Buffers,
     ChunkKey,
     EvictionPolicy,
     Options,
-    Parts,
     Size,
     StorageBackend,
     Stored,
@@ -33,7 +33,7 @@ class LocalCpuBackend(StorageBackend):
 
     def __init__(self, options: LocalCpuOptions) -> None:
         self._capacity = options.capacity
-        self._frames: EvictionPolicy[Parts] = component("eviction", options.eviction)()
+        self._frames: EvictionPolicy[Buffers] = component("eviction", options.eviction)()
         self._used = 0
         self._lock = threading.RLock()  # a forgotten load may be collected while it is held
 
@@ -43,7 +43,7 @@ class LocalCpuBackend(StorageBackend):
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Parts]]:
+    ) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
             with self._lock:
                 parts = self._frames.get(key)
@@ -52,7 +52,7 @@ class LocalCpuBackend(StorageBackend):
 
     def put(
         self,
-        frames: Sequence[tuple[ChunkKey, Parts]],
+        frames: Sequence[tuple[ChunkKey, Buffers]],
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:
@@ -110,5 +110,5 @@ class LocalCpuBackend(StorageBackend):
             self._used -= _size(parts)
 
 
-def _size(parts: Parts) -> int:
+def _size(parts: Buffers) -> int:
     return sum(part.nbytes for part in parts)

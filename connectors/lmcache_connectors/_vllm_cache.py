@@ -22,7 +22,7 @@ from lmcache_core import (
     TensorsToBytes,
     TensorsToTensors,
     TierConfig,
-    asks_strict,
+    strict_requested,
 )
 
 
@@ -117,7 +117,7 @@ def release(cache: Cache) -> None:
 def is_strict(config: VllmConfig) -> bool:
     """Whether what makes reuse impossible shall stop vLLM."""
     extra = config.kv_transfer_config.kv_connector_extra_config
-    return bool(extra.get("strict")) or asks_strict(extra.get("config_file"))
+    return bool(extra.get("strict")) or strict_requested(extra.get("config_file"))
 
 
 def _source(config: VllmConfig) -> Any:

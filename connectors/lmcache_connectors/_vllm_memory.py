@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lmcache_connectors._vllm_packing import Packing
-from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, point
+from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, record_event
 
 
 class GroupMemory:
@@ -86,13 +86,13 @@ class GroupMemory:
             yield layer[block].unsqueeze(0), (keys, values)
 
     def staged(self, blocks: Sequence[int]) -> GroupMemory:
-        """These blocks, copied on the device as they are at this point of its work."""
+        """These blocks, copied on the device as they are at this record_event of its work."""
         twin = copy.copy(self)
         index = torch.tensor(blocks, device=self._layers[0].device)
         twin._layers = [layer.index_select(0, index) for layer in self._layers]
         twin._joined = None
         twin._places = {block: n for n, block in enumerate(blocks)}
-        twin.ready = point(self.device)
+        twin.ready = record_event(self.device)
         return twin
 
     def prove(self) -> None:

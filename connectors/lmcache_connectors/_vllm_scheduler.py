@@ -35,7 +35,7 @@ from lmcache_connectors._vllm_chunks import (
     chunk_ends,
 )
 from lmcache_connectors._vllm_identity import Adapters
-from lmcache_core import LOG, TierInfo, Workers
+from lmcache_core import LOG, DaemonPool, TierInfo
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -97,7 +97,7 @@ class Scheduler:
             self._shape = self._cache.shape(config, kv)
             world = config.parallel_config.tensor_parallel_size
             self._ranks = [self._shape.groups(rank) for rank in range(world)]
-            self._lookups = Workers("lmcache-vllm-lookup", LOOKUPS)
+            self._lookups = DaemonPool("lmcache-vllm-lookup", LOOKUPS)
             self._lookups.start()
         except BaseException:
             _vllm_cache.release(self._cache)
@@ -352,14 +352,14 @@ class Scheduler:
     def _measure(self, report: Report) -> None:
         """Book what a step that ended took, and the loads that did. Steps follow each other, though
         the next one may be scheduled before."""
-        pays, now = self._cache.engine.pays, time.monotonic()
+        pays, now = self._cache.engine.load_gate, time.monotonic()
         tokens, began = self._started.pop(report.step, (0, now))
         self._started = {n: step for n, step in self._started.items() if n > report.step}
         if self._transfer.is_kv_producer:  # others are there to have prefills done elsewhere
-            pays.computed(tokens, now - max(began, self._ended))
+            pays.record_prefill(tokens, now - max(began, self._ended))
         self._ended = now
         for load in report.loads:
-            pays.loaded(*load)
+            pays.record_load(*load)
 
     def _filled(self, known: _Known, computed: int, output: SchedulerOutput) -> list[Chunks]:
         """The chunks that this step fills. A fault of ours must not end the engine."""

@@ -23,7 +23,7 @@ from lmcache_connectors import _vllm_cache, _vllm_weights
 from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, all_or_nothing
 from lmcache_connectors._vllm_memory import GroupMemory
 from lmcache_connectors._vllm_packing import Packing, layer_write, prove
-from lmcache_core import LOG, ConfigError, Hit, Tensors, Workers, own_stream, run_threads_on
+from lmcache_core import LOG, ConfigError, DaemonPool, Hit, Tensors, run_threads_on, side_stream
 
 LOADS = 8
 """Requests whose KV is loaded at once."""
@@ -63,8 +63,8 @@ class Worker:
         self._weights = _vllm_weights.changes()
         run_threads_on(spare_cores())
         self._cache = _vllm_cache.acquire(config, kv)
-        self._loaders = Workers("lmcache-vllm-load", LOADS)
-        self._storer = Workers("lmcache-vllm-store", 1)
+        self._loaders = DaemonPool("lmcache-vllm-load", LOADS)
+        self._storer = DaemonPool("lmcache-vllm-store", 1)
         try:
             self._loaders.start()
             self._storer.start()
@@ -112,7 +112,7 @@ class Worker:
 
     def _load(self, chunks: Chunks, stale: bool) -> set[int]:
         """Returns the blocks that did not come."""
-        began, pays = time.perf_counter(), self._cache.engine.pays
+        began, pays = time.perf_counter(), self._cache.engine.load_gate
         begun = pays.begin()
         missing = [self._load_group(n, chunks, stale) for n in range(len(self._groups))]
         seconds = pays.end(begun)
@@ -146,7 +146,7 @@ class Worker:
         keys = group.keys(chunks.hashes, chunks.salt)
         hit = Hit(tuple(keys), tuple(chunks.tiers[self._rank][number]))
         try:
-            with own_stream(memory.device):
+            with side_stream(memory.device):
                 for chunk in () if stale else self._cache.engine.load(hit, start=place):
                     start = chunks.start(place, self._chunk) // group.block
                     end = min(chunks.ends[place] // group.block, last)
@@ -213,7 +213,7 @@ class Worker:
         whole = [p for p, end in enumerate(chunks.ends) if end % self._chunk == 0]
         new = [n for n, p in enumerate(whole) if chunks.ends[p] > chunks.begin]
         try:
-            with own_stream(memory.device, memory.ready):
+            with side_stream(memory.device, memory.ready):
                 if new:
                     self._store_places(number, chunks, memory, whole, new[0])
                 for place, end in enumerate(chunks.ends):

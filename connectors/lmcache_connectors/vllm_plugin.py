@@ -14,7 +14,7 @@ import os
 from typing import Any
 
 from lmcache_connectors import _vllm_weights
-from lmcache_core import asks_strict, load_config
+from lmcache_core import load_config, strict_requested
 
 NAME = "LmcacheCoreConnector"
 MODULE = "lmcache_connectors.vllm"
@@ -91,7 +91,7 @@ def _is_configured() -> bool:
     try:
         load_config()
     except Exception as error:  # vLLM must start
-        if asks_strict():
+        if strict_requested():
             raise
         log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
         return False

@@ -44,13 +44,13 @@ from lmcache_core import (
     ChunkKey,
     Config,
     ConfigError,
+    DaemonPool,
     Hit,
     Tensors,
     TensorsToTensors,
-    Workers,
-    asks_strict,
     copy_exact,
     load_config,
+    strict_requested,
 )
 
 log = logging.getLogger("vllm.lmcache_core")
@@ -84,14 +84,14 @@ class LmcacheCoreTier(SecondaryTierManager):
         **config: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        strict = strict or asks_strict(config.get("config_file"))
+        strict = strict or strict_requested(config.get("config_file"))
         self.locality = Locality(locality) if locality else None
         self._jobs: dict[int, tuple[TransferJob, Future[_Outcome]]] = {}
         self._chains: dict[str, list[ChunkKey]] = defaultdict(list)
         """Of each request, what it loaded and stored so far: stores evict a chunk before those
         that it follows."""
-        self._loaders = Workers("lmcache-vllm-load", LOADERS)
-        self._storer = Workers("lmcache-vllm-store", 1)
+        self._loaders = DaemonPool("lmcache-vllm-load", LOADERS)
+        self._storer = DaemonPool("lmcache-vllm-store", 1)
         self._rows: _Rows | None = None
         try:
             self._loaders.start()
@@ -124,7 +124,7 @@ class LmcacheCoreTier(SecondaryTierManager):
     def submit_store(self, job_metadata: TransferJob) -> None:
         self._submit(job_metadata, self._storer, _Rows.store)
 
-    def _submit(self, job: TransferJob, workers: Workers, move: _Move) -> None:
+    def _submit(self, job: TransferJob, workers: DaemonPool, move: _Move) -> None:
         if self._rows is None:
             self._jobs[job.job_id] = job, _nothing()
             return

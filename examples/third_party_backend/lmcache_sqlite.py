@@ -12,12 +12,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lmcache_core import (
+from lmcache_core.backend import (
     Allocate,
+    Buffers,
     ChunkKey,
     ConfigError,
     Options,
-    Parts,
     StorageBackend,
     Stored,
 )
@@ -59,7 +59,7 @@ class SqliteBackend(StorageBackend):
 
     def get(
         self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Parts]]:
+    ) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
             with self._lock:
                 row = self._db.execute(
@@ -70,7 +70,7 @@ class SqliteBackend(StorageBackend):
 
     def put(
         self,
-        frames: Sequence[tuple[ChunkKey, Parts]],
+        frames: Sequence[tuple[ChunkKey, Buffers]],
         chain: Sequence[ChunkKey],
         timeout: float,
     ) -> int:

@@ -1,1 +1,1 @@
-"""What KV is, and whose: the content of a model's tensors."""
+"""What KV is: chunk, keys, namespace, layout, tensors."""

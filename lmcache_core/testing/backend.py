@@ -15,8 +15,8 @@ from typing import ClassVar, Protocol, TypeVar
 import pytest
 
 from lmcache_core.backend import StorageBackend
-from lmcache_core.keys import ChunkKey
-from lmcache_core.parts import Parts
+from lmcache_core.io.buffers import Buffers
+from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.testing.leaks import no_leaks
 from lmcache_core.testing.processes import forked_early
 
@@ -435,7 +435,7 @@ def _value(number: int, nbytes: int) -> bytes:
 
 def _put(backend: StorageBackend, values: dict[ChunkKey, bytes]) -> int:
     """Put values as one sequence, each in a few parts."""
-    frames: list[tuple[ChunkKey, Parts]] = [
+    frames: list[tuple[ChunkKey, Buffers]] = [
         (key, [memoryview(value)[: len(value) // 3], memoryview(value)[len(value) // 3 :]])
         for key, value in values.items()
     ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from lmcache_core.frame import Chunk
-from lmcache_core.keys import Namespace
-from lmcache_core.layout import DTYPES, KVLayout, LayerGroup, Tensors
+from lmcache_core.kv.chunk import Chunk
+from lmcache_core.kv.layout import DTYPES, KVLayout, LayerGroup, Tensors
+from lmcache_core.kv.namespace import Namespace
 
 
 def tiny_layout(dtype: str = "bfloat16") -> KVLayout:

@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmcache_core import frame
-from lmcache_core.chain import SerdeChain
 from lmcache_core.errors import FrameError
-from lmcache_core.frame import Chunk
-from lmcache_core.layout import DTYPES, KVLayout, Tensors
+from lmcache_core.frames import frame
+from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.kv.chunk import Chunk
+from lmcache_core.kv.layout import DTYPES, KVLayout, Tensors
 from lmcache_core.serde import Serde
 from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
 
@@ -140,8 +140,8 @@ class SerdeConformance:
             list(pool.map(lambda chunk: self.check(serde, chunk), chunks * 4))
 
     def test_options_survive_in_the_frame(self, serde: Serde) -> None:
-        chain = SerdeChain([serde])
-        again = SerdeChain.from_spec(chain.spec)
+        chain = Pipeline([serde])
+        again = Pipeline.from_spec(chain.spec)
         assert again.spec == chain.spec
         name, options = next(step for step in chain.spec if step[0] == serde.name)
         assert type(serde).Options.model_validate(json.loads(options)) == serde.options
@@ -172,7 +172,7 @@ class SerdeConformance:
 
 def encoded(serde: Serde, chunk: Chunk) -> bytes:
     """The frame of a chunk, by a chain of this one serde (completed with raw where needed)."""
-    return b"".join(frame.encode(chunk, SerdeChain([serde])))
+    return b"".join(frame.encode(chunk, Pipeline([serde])))
 
 
 def resealed(data: bytes | bytearray) -> bytes:

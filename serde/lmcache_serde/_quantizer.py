@@ -16,7 +16,8 @@ from abc import abstractmethod
 import torch
 from pydantic import Field
 
-from lmcache_core import ChunkInfo, LayoutError, Options, Tensors, TensorsToTensors, scratch
+from lmcache_core import LayoutError
+from lmcache_core.serde import ChunkInfo, Options, Tensors, TensorsToTensors, pooled_empty
 
 LARGEST = 1e37
 """Larger numbers are kept as they are."""
@@ -140,7 +141,7 @@ class Quantizer(TensorsToTensors):
         for spec in info.layout.tensors(info.tokens):
             group = info.layout.groups[int(spec.name[1 : spec.name.index(".")])]
             exact, rounded = self._layers(group.layers, torch.device("cpu"))
-            whole = scratch(spec.shape, getattr(torch, spec.dtype), torch.device("cpu"))
+            whole = pooled_empty(spec.shape, getattr(torch, spec.dtype), torch.device("cpu"))
             if exact.numel():
                 whole[exact] = tensors[f"{spec.name}.layers"]
             if rounded.numel() and whole.numel():

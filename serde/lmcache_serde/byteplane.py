@@ -33,16 +33,16 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from lmcache_core import (
+from lmcache_core.serde import (
+    Buffers,
     Options,
-    Parts,
     Tensors,
     TensorSpec,
     TensorsToBytes,
     byte_array,
     byte_view,
-    cut,
-    scratch,
+    pooled_empty,
+    split_at,
 )
 
 try:
@@ -102,10 +102,10 @@ class BytePlane(TensorsToBytes):
         counts = [p["gaps"].numel() if "gaps" in p else -1 for p in pieces]
         return [memoryview(np.array(counts, "<i4").tobytes()), *byte_view(parts)]
 
-    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+    def decode(self, parts: Buffers, specs: Sequence[TensorSpec]) -> Tensors:
         counts = [-1] * len(specs)
         if self.options.packed:
-            head, parts = cut(parts, 4 * len(specs))
+            head, parts = split_at(parts, 4 * len(specs))
             counts = np.frombuffer(head, "<i4").tolist()
         shapes = [_shapes(*pair) for pair in zip(specs, counts, strict=True)]
         read: list[_Arrays] = [{} for _ in specs]
@@ -119,9 +119,9 @@ class BytePlane(TensorsToBytes):
         return {spec.name: _merge(spec, arrays) for spec, arrays in zip(specs, read, strict=True)}
 
 
-def _take(parts: Parts, dtype: str, shape: tuple[int, ...]) -> tuple[_Array, Parts]:
+def _take(parts: Buffers, dtype: str, shape: tuple[int, ...]) -> tuple[_Array, Buffers]:
     """An array that `parts` begin with, and what follows."""
-    piece, rest = cut(parts, math.prod(shape) * np.dtype(dtype).itemsize)
+    piece, rest = split_at(parts, math.prod(shape) * np.dtype(dtype).itemsize)
     array: _Array = byte_array(piece)
     if dtype != "uint8":  # they may lie at any place
         array = array.copy().view(dtype)
@@ -169,7 +169,7 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
         return {"codes": tensor.reshape(-1).view(torch.uint8)}
     pack = pack and spec.dtype != "float16"
     shapes = _shapes(spec, 0 if pack else -1)
-    pieces = {n: scratch(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
+    pieces = {n: pooled_empty(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
     pieces["base"].zero_()
     values = tensor.view(_rows(spec.shape))
     room = values.numel() // RARE
@@ -201,7 +201,7 @@ def _split_compiled(values: torch.Tensor, pieces: _Pieces, room: int) -> _Pieces
     """Fill the pieces of bfloat16; None where more than `room` exponents have no code."""
     bits, base = values.view(torch.uint16).numpy(), pieces["base"].numpy()
     _loops.base(bits, SAMPLE, BELOW, base)
-    gaps, rest = (scratch((room,), dtype, _CPU) for dtype in (torch.int32, torch.uint8))
+    gaps, rest = (pooled_empty((room,), dtype, _CPU) for dtype in (torch.int32, torch.uint8))
     out = (pieces["codes"], pieces["noise"][0], gaps, rest)
     count = _loops.split(bits, base, *(piece.numpy() for piece in out))
     return None if count < 0 else pieces | {"gaps": gaps[:count], "values": rest[:count]}
@@ -226,7 +226,7 @@ def _work(values: torch.Tensor, slices: Sequence[slice]) -> Iterator[_Work]:
         return
     shape = values[slices[0]].shape
     size = shape.numel()
-    room = scratch((6 * size,), torch.uint8, _CPU)
+    room = pooled_empty((6 * size,), torch.uint8, _CPU)
     both = room[: 4 * size].view(torch.int32).view(shape)
     high, wide = room[: 4 * size].view(torch.int16).view(2, *shape)
     exponents, codes = room[4 * size :].view(2, *shape)
@@ -287,7 +287,7 @@ def _merge(spec: TensorSpec, arrays: _Arrays) -> torch.Tensor:
         codes = arrays["codes"]
         aligned = codes if codes.ctypes.data % dtype.itemsize == 0 else codes.copy()
         return torch.from_numpy(aligned).view(dtype).view(spec.shape)
-    out = scratch(spec.shape, dtype, _CPU)
+    out = pooled_empty(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
     if _loops and spec.dtype == "bfloat16" and "gaps" in arrays:
         codes, base, gaps, rest = (arrays[name] for name in ("codes", "base", "gaps", "values"))

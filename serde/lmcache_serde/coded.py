@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from lmcache_core import Tensors
+from lmcache_core.serde import Tensors
 from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
 
 REACH = 119.0

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import Field, model_validator
 
-from lmcache_core import BytesToBytes, ConfigError, Options, Parts, cut, joined
+from lmcache_core.serde import Buffers, BytesToBytes, ConfigError, Options, concat, split_at
 
 _NONCE = 12
 _BLOCK = 16
@@ -72,7 +72,7 @@ class Encrypt(BytesToBytes):
         super().__init__(EncryptOptions(key_id=key_id))
         self._master = master
 
-    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
+    def encode(self, parts: Buffers, context: bytes) -> list[memoryview]:
         nonce = os.urandom(_NONCE)
         key = _derived(self._master, context[:_NAMESPACE])
         cipher = Cipher(AES(key), GCM(nonce)).encryptor()
@@ -86,14 +86,14 @@ class Encrypt(BytesToBytes):
 
     def decode(
         self,
-        parts: Parts,
+        parts: Buffers,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,
     ) -> list[memoryview]:
         key = _derived(self._master, context[:_NAMESPACE])
-        nonce, sealed = cut(parts, _NONCE)
-        plain = AESGCM(key).decrypt(bytes(nonce), joined(sealed), context)
+        nonce, sealed = split_at(parts, _NONCE)
+        plain = AESGCM(key).decrypt(bytes(nonce), concat(sealed), context)
         return [memoryview(plain)]
 
 

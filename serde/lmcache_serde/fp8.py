@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lmcache_core import Tensors
+from lmcache_core.serde import Tensors
 from lmcache_serde._quantizer import SMALLEST, Quantizer, write
 
 LARGEST_E4M3 = 448.0

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from lmcache_core import Tensors
+from lmcache_core.serde import Tensors
 from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
 
 LEVELS = 15

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmcache_core import Parts, Tensors, TensorSpec, TensorsToBytes, byte_view, views
+from lmcache_core.serde import Buffers, Tensors, TensorSpec, TensorsToBytes, byte_view, views
 
 
 class Raw(TensorsToBytes):
@@ -15,5 +15,5 @@ class Raw(TensorsToBytes):
     def encode(self, tensors: Tensors) -> list[memoryview]:
         return byte_view(tensors.values())
 
-    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+    def decode(self, parts: Buffers, specs: Sequence[TensorSpec]) -> Tensors:
         return views(parts, specs)

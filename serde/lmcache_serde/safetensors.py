@@ -12,7 +12,15 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lmcache_core import Parts, Tensors, TensorSpec, TensorsToBytes, byte_view, cut, views
+from lmcache_core.serde import (
+    Buffers,
+    Tensors,
+    TensorSpec,
+    TensorsToBytes,
+    byte_view,
+    split_at,
+    views,
+)
 
 _DTYPES = {
     "float32": "F32",
@@ -37,9 +45,9 @@ class Safetensors(TensorsToBytes):
         specs = tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())
         return [memoryview(_header(specs)), *byte_view(tensors.values())]
 
-    def decode(self, parts: Parts, specs: Sequence[TensorSpec]) -> Tensors:
+    def decode(self, parts: Buffers, specs: Sequence[TensorSpec]) -> Tensors:
         expected = _header(tuple(specs))
-        header, tensors = cut(parts, len(expected))
+        header, tensors = split_at(parts, len(expected))
         if header != expected:
             raise ValueError("not the safetensors header of these tensors")
         return views(tensors, specs)

@@ -9,7 +9,7 @@ from itertools import groupby
 import zstandard
 from pydantic import Field
 
-from lmcache_core import BytesToBytes, Options, Parts, joined
+from lmcache_core.serde import Buffers, BytesToBytes, Options, concat
 
 BLOCK = 128 << 10
 """The most that a zstd block holds."""
@@ -49,7 +49,7 @@ class Zstd(BytesToBytes):
     name = "zstd"
     Options = ZstdOptions
 
-    def encode(self, parts: Parts, context: bytes) -> list[memoryview]:
+    def encode(self, parts: Buffers, context: bytes) -> list[memoryview]:
         parts = [part for part in parts if part.nbytes] or [memoryview(b"")]
         out: list[memoryview] = []
         for noise, group in groupby(parts, self._is_noise):
@@ -80,12 +80,12 @@ class Zstd(BytesToBytes):
 
     def decode(
         self,
-        parts: Parts,
+        parts: Buffers,
         context: bytes,
         allocate: Callable[[int], memoryview],
         limit: int,
     ) -> list[memoryview]:
-        frames = [(frame, _size(frame)) for frame in _frames(joined(parts))]
+        frames = [(frame, _size(frame)) for frame in _frames(concat(parts))]
         sizes = [size for _, size in frames]
         if min(sizes) < 0 or sum(sizes) > limit:
             raise ValueError(f"states {sizes} bytes of content; at most {limit} can be")

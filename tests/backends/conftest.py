@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_backends import _memcached_servers, memcached, redis, s3
+from lmcache_backends.memcached import backend as memcached
+from lmcache_backends.memcached import servers as _memcached_servers
+from lmcache_backends.redis import backend as redis
+from lmcache_backends.s3 import backend as s3
 from tests.backends.frames import LONG
 
 

@@ -15,7 +15,7 @@ import pytest
 from pymemcache.client.base import Client
 
 import lmcache_core
-from lmcache_backends.memcached import MemcachedBackend, MemcachedOptions
+from lmcache_backends.memcached.backend import MemcachedBackend, MemcachedOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (

@@ -17,7 +17,7 @@ from redis.crc import key_slot
 from redis.retry import Retry
 
 import lmcache_core
-from lmcache_backends.redis import PIECE, RedisBackend, RedisOptions
+from lmcache_backends.redis.backend import PIECE, RedisBackend, RedisOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
@@ -400,7 +400,7 @@ def test_a_server_that_evicts_makes_room_by_itself(tmp_path: Path) -> None:
 def test_a_value_larger_than_redis_takes_is_refused(
     backend: RedisBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_backends.redis.LARGEST", 10_000)
+    monkeypatch.setattr("lmcache_backends.redis.backend.LARGEST", 10_000)
     frames = [(key(n), [memoryview(value(n, n * 4000))]) for n in (1, 2, 3, 1)]
     assert backend.put(frames, keys(1, 2, 3), LONG) == 2
     assert here(backend, 1, 2, 3) == [True, True, False]

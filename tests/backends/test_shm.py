@@ -29,8 +29,9 @@ import numpy as np
 import pytest
 
 import lmcache_core
-from lmcache_backends import _segment
-from lmcache_backends.shm import FREE, GONE, RESERVED, WHOLE, ShmBackend, ShmOptions, main
+from lmcache_backends.shm import segment as _segment
+from lmcache_backends.shm.__main__ import main
+from lmcache_backends.shm.backend import FREE, GONE, RESERVED, WHOLE, ShmBackend, ShmOptions
 from lmcache_core import (
     ChunkKey,
     ConfigError,

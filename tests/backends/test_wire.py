@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backends._options import Address
-from lmcache_backends._wire import SLOWEST, Pool, Wire
+from lmcache_backends._net.connection import SLOWEST, Pool, Wire
+from lmcache_backends._net.options import Address
 from lmcache_core import StorageError
 from tests.certificates import Authority
 from tests.servers import eventually

@@ -21,7 +21,7 @@ import smollm2
 
 import lmcache_core
 from lmcache_connectors.transformers import attach
-from lmcache_core import tier
+from lmcache_core.engine import tier
 
 
 def main() -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component
-from lmcache_core import frame as frames
-from lmcache_core.chain import SerdeChain
-from lmcache_core.keys import FRAME_VERSION
+from lmcache_core.frames import frame as frames
+from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.kv.namespace import FRAME_VERSION
 
 FOLDER = Path(__file__).parent / "golden"
 os.environ["GOLDEN_KEY"] = "a5" * 32
@@ -66,9 +66,9 @@ def chunk() -> Chunk:
     return Chunk(key, namespace, 2, TOKENS, tensors)
 
 
-def chain(serdes: list[tuple[str, dict[str, object]]]) -> SerdeChain:
+def chain(serdes: list[tuple[str, dict[str, object]]]) -> Pipeline:
     classes = [(component("serdes", name), options) for name, options in serdes]
-    return SerdeChain([cls(cls.Options(**options)) for cls, options in classes])
+    return Pipeline([cls(cls.Options(**options)) for cls, options in classes])
 
 
 def path(name: str, version: int = FRAME_VERSION) -> Path:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from lmcache_core import Chunk, KVLayout, LayerGroup, component
-from lmcache_core.chain import SerdeChain
-from lmcache_core.frame import decode, encode
-from lmcache_core.memory import HOST
+from lmcache_core.frames.frame import decode, encode
+from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.io.memory import HOST
 from lmcache_core.testing import make_chunk
 
 os.environ["LMCACHE_MEMORY_KEY"] = "5b" * 32
@@ -83,7 +83,7 @@ def main() -> None:
             if dtype == "float8_e4m3fn" and steps[0][0] in ("int8", "fp8", "coded"):
                 continue  # codes as large as the KV: they and the KV alone are two chunks
             classes = [(component("serdes", name), options) for name, options in steps]
-            chain = SerdeChain([cls(cls.Options(**options)) for cls, options in classes])
+            chain = Pipeline([cls(cls.Options(**options)) for cls, options in classes])
             for small in (True, False):  # first for what is imported and set up once
                 one = make_chunk(chunk.namespace.layout, 32) if small else chunk
                 encoded, parts = peak(partial(encode, one, chain))

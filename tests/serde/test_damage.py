@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lmcache_core import Chunk, FrameError, KVLayout, LayerGroup, Serde, component
-from lmcache_core.chain import SerdeChain
-from lmcache_core.frame import _Head, decode, encode
+from lmcache_core.frames.frame import _Head, decode, encode
+from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.testing import make_chunk
 from lmcache_core.testing.serde import resealed
 
@@ -41,12 +41,12 @@ def a_chunk() -> Chunk:
     return make_chunk(KVLayout(groups=groups), 11)
 
 
-def chain_of(steps: list[tuple[str, dict[str, Any]]]) -> SerdeChain:
+def chain_of(steps: list[tuple[str, dict[str, Any]]]) -> Pipeline:
     serdes: list[Serde] = []
     for name, options in steps:
         cls = component("serdes", name)
         serdes.append(cls(cls.Options(**options)))
-    return SerdeChain(serdes)
+    return Pipeline(serdes)
 
 
 def damaged(payload: bytes, seed: int) -> Iterator[bytes]:

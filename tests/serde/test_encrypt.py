@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import lmcache_core
 from lmcache_core import Chunk, ConfigError, FrameError, Namespace, Serde, tenant_digest
-from lmcache_core import chain as chains
-from lmcache_core import frame as frames
-from lmcache_core.chain import SerdeChain
-from lmcache_core.frame import decode, encode
+from lmcache_core.frames import frame as frames
+from lmcache_core.frames import pipeline as chains
+from lmcache_core.frames.frame import decode, encode
+from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.testing import SerdeConformance, make_chunk, tiny_layout
 from lmcache_core.testing.serde import resealed
 from lmcache_serde import encrypt
@@ -34,7 +34,7 @@ def made(**options: Any) -> Encrypt:
 
 
 def frame_of(chunk: Chunk, **options: Any) -> bytes:
-    return b"".join(encode(chunk, SerdeChain([made(**options)])))
+    return b"".join(encode(chunk, Pipeline([made(**options)])))
 
 
 class TestEncrypt(SerdeConformance):
@@ -106,7 +106,7 @@ def test_the_key_is_nowhere_to_be_seen() -> None:
     chunk = make_chunk(tiny_layout(), 9)
     serde = made(key_env="KV_KEY")
     data = frame_of(chunk, key_env="KV_KEY")
-    for shown in (repr(serde.options), repr(serde), repr(SerdeChain([serde]).spec)):
+    for shown in (repr(serde.options), repr(serde), repr(Pipeline([serde]).spec)):
         assert KEY not in shown
         assert "KV_KEY" not in shown
     assert bytes.fromhex(KEY) not in data

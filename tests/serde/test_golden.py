@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_core import frame as frames
 from lmcache_core import known
+from lmcache_core.frames import frame as frames
 from tests.serde import make_golden
 
 FILES = sorted(make_golden.FOLDER.glob("*.frame"))

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load
 
 from lmcache_core import KVLayout, LayerGroup, LayoutError, Serde, component
-from lmcache_core.chain import SerdeChain
-from lmcache_core.frame import decode, encode
+from lmcache_core.frames.frame import decode, encode
+from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.serde import ChunkInfo
 from lmcache_core.testing import SerdeConformance, make_chunk, random_tensors, tiny_layout
 from lmcache_serde.coded import Coded
@@ -126,7 +126,7 @@ def test_the_first_tokens_of_a_sequence_are_exact(name: str) -> None:
     layout = tiny_layout()
     for index, exact in ((0, 4), (1, 0)):
         chunk = make_chunk(layout, 40, index=index)
-        chain = SerdeChain([made(name)])
+        chain = Pipeline([made(name)])
         got = decode(encode(chunk, chain), chunk.key)
         for tensor, original in zip(got.tensors.values(), chunk.tensors.values(), strict=True):
             same = (tensor == original).all(dim=3).all(dim=0).all(dim=0)
@@ -142,7 +142,7 @@ def test_chosen_layers_are_exact(name: str) -> None:
     )
     layout = KVLayout(groups=groups)
     chunk = make_chunk(layout, 20, index=1)
-    chain = SerdeChain([made(name, exact_layers=(1, 2))])
+    chain = Pipeline([made(name, exact_layers=(1, 2))])
     got = decode(encode(chunk, chain), chunk.key)
     for part in "kv":
         one, two = got.tensors[f"g0.{part}"], chunk.tensors[f"g0.{part}"]
@@ -200,7 +200,7 @@ def test_the_size_is_known_before(name: str, ratio: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_chain_with_safetensors_gives_a_file_that_opens(name: str) -> None:
     chunk = make_chunk(tiny_layout(), 40)
-    chain = SerdeChain([made(name), made("safetensors")])
+    chain = Pipeline([made(name), made("safetensors")])
     info = ChunkInfo(chunk.namespace.layout, chunk.tokens, chunk.index)
     tensors = chain.to_tensors(chunk.tensors, info)
     opened = load(b"".join(chain.to_payload(tensors, b"")))

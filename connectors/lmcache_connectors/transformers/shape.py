@@ -14,7 +14,7 @@ from lmcache_connectors._sharing import config_digest
 from lmcache_connectors.transformers.identity import adapters, attention, fingerprint
 from lmcache_connectors.transformers.layers import Pair
 from lmcache_connectors.transformers.refusal import NotCacheable
-from lmcache_core import CacheEngine, KVLayout, LayerGroup, Namespace, Tensors, scratch
+from lmcache_core import CacheEngine, KVLayout, LayerGroup, Namespace, Tensors, pooled_empty
 
 _ODD = {"xlm", "flaubert", "moshi"}
 """Models that put tokens of their own behind the prompt, or whose split prefill is another one."""
@@ -72,7 +72,9 @@ class Shape(NamedTuple):
                 layers = [layer for layer in group.layers if self.devices[layer] == device]
                 for dim in (group.key_dim, group.value_dim):
                     shape = (len(layers), rows, group.kv_heads, columns, dim)
-                    for layer, tensor in zip(layers, scratch(shape, dtype, device), strict=True):
+                    for layer, tensor in zip(
+                        layers, pooled_empty(shape, dtype, device), strict=True
+                    ):
                         parts[layer].append(tensor)
         return [(keys, values) for keys, values in parts]
 

@@ -103,7 +103,7 @@ def test_a_load_ordered_before_the_weights_changed_does_not_happen(
         forget(llm)
         llm.collective_rpc("reload_weights")
         cache, told = connector(llm)._scheduler._cache.engine, []
-        cache.pays.loaded = lambda *load: told.append(load)
+        cache.load_gate.record_load = lambda *load: told.append(load)
         ((tokens, _),) = answers(llm, ids)
         assert tokens == cold
         assert ("loaded", "disk") not in cache.stats()

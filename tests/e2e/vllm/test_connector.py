@@ -19,7 +19,7 @@ from lmcache_connectors import _vllm_scheduler
 from lmcache_connectors._vllm_chunks import Metadata
 from lmcache_connectors._vllm_worker import Worker
 from lmcache_connectors.vllm import LmcacheCoreConnector, _say_off
-from lmcache_core.memory import HostBuffers
+from lmcache_core.io.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.e2e.vllm.conftest import BLOCK, engine

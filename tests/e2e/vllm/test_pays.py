@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import pays
+from lmcache_core.engine import load_gate as pays
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.test_connector import answers, connector, forget, prompt, stats
 
@@ -42,7 +42,7 @@ def test_a_store_slower_than_computing_is_bypassed_and_comes_back(
         assert time.monotonic() - began < seconds
         assert stats(llm)["tier_open", "loads", "disk"] == 1
         seconds = 0.0
-        while not connector(llm)._scheduler._cache.engine.pays.worth(0):
+        while not connector(llm)._scheduler._cache.engine.load_gate.allows(0):
             time.sleep(0.1)
         assert answers(llm, later) == [(cold[-1][0], REUSED)]
 
@@ -55,7 +55,7 @@ def test_what_came_before_a_block_that_did_not_is_booked(
         cold = answers(llm, prompt(400))[0][0]
         forget(llm)
         cache = connector(llm)._scheduler._cache.engine
-        cache.pays.loaded = lambda *load: told.append(load)
+        cache.load_gate.record_load = lambda *load: told.append(load)
         get = DiskBackend.get
 
         def only_two(self: DiskBackend, *arguments: Any) -> Iterator[Any]:
@@ -76,10 +76,10 @@ def test_vllm_tells_what_computing_and_loading_took(llama: Path, disk: dict[str,
         began = time.monotonic()
         answers(llm, prompt(400))
         forget(llm)
-        scheduler._cache.engine.pays.loaded = lambda *load: told.append(load)
+        scheduler._cache.engine.load_gate.record_load = lambda *load: told.append(load)
         answers(llm, prompt(400))
         elapsed = time.monotonic() - began
-        (speed,) = scheduler._cache.engine.pays._speeds  # of the prefill, of no other step
+        (speed,) = scheduler._cache.engine.load_gate._speeds  # of the prefill, of no other step
         assert 400 / elapsed < speed < 1e6
         ((tier, tokens, seconds),) = told
         assert (tier, tokens) == (0, REUSED)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lmcache_backends.shm import ShmBackend, ShmOptions
-from lmcache_backends.shm import main as shm
+from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm.backend import ShmBackend, ShmOptions
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.processes import PATIENCE, environment, run, said
 from tests.e2e.vllm.test_connector import answers, prompt

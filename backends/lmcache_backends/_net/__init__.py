@@ -1,0 +1,1 @@
+"""What the network backends share: where a server is, connections, pipelines."""

@@ -1,0 +1,5 @@
+"""The redis backend."""
+
+from lmcache_backends.redis.backend import RedisBackend, RedisOptions
+
+__all__ = ["RedisBackend", "RedisOptions"]

@@ -1,0 +1,1 @@
+"""The engine: hits, tiers, streams, write-behind, breakers, the load gate."""

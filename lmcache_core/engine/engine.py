@@ -1,0 +1,434 @@
+"""CacheEngine: from tokens to tiers and back. This is what an inference engine talks to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lmcache_core.backend import Allocate
+from lmcache_core.config.models import Config, TierConfig, load
+from lmcache_core.engine.hit import Hit, TierInfo
+from lmcache_core.engine.load_gate import LoadGate
+from lmcache_core.engine.tier import Miss, Tier
+from lmcache_core.errors import ConfigError
+from lmcache_core.io.memory import HOST
+from lmcache_core.io.threads import start_thread
+from lmcache_core.kv.chunk import Chunk
+from lmcache_core.kv.keys import ChunkKey, TokenIds
+from lmcache_core.kv.layout import Tensors
+from lmcache_core.kv.namespace import Namespace
+from lmcache_core.kv.tensors import views
+from lmcache_core.plugins.observers import Observers
+from lmcache_core.plugins.registry import component
+
+DRAIN_SECONDS = 30.0
+"""How long `close` waits for write-behind."""
+
+_HEADER_BYTES = 4096
+"""More than the head of a frame takes, of a namespace with few layer groups."""
+
+Gather = Callable[[int, Tensors], None]
+"""(index, out): copy chunk `index` of the sequence out of the engine's memory into `out`."""
+
+
+class CacheEngine:
+    """Tiers of stored KV, fastest first. Thread-safe; a context manager.
+
+    No method raises for what a store does or fails to do. `pays` hears from a connector how long it
+    computes and loads; a tier from which loading does not pay is not looked into for a while,
+    unless it is memory or the config says `load: always`.
+    """
+
+    def __init__(self, config: Config, plugins: Sequence[object] = ()) -> None:
+        """Open all tiers. Raises ConfigError where one cannot be used at all."""
+        self.chunk_size = config.chunk_size
+        self._config = config
+        self._observers = Observers(plugins)
+        self._tiers: list[Tier] = []
+        self._close = weakref.finalize(self, _close, self._tiers)
+        try:
+            for tier in config.tiers:
+                self._tiers.append(_open_tier(tier, self._observers, config.strict))
+        except BaseException:
+            self.close()
+            raise
+        judged = [config.load != "always" and not tier.in_memory for tier in self._tiers]
+        self.load_gate = LoadGate(judged, partial(_judged, self._tiers))
+        _ENGINES.add(self)
+
+    def namespace(self, **fields: Any) -> Namespace:
+        """A Namespace of these fields, with what plugins add to it.
+
+        Raises ConfigError where a tier is too small for one chunk of its layout.
+        """
+        extra: dict[str, str] = dict(fields.pop("extra", {}))
+        for more in self._observers.tell("namespace", fields=fields):
+            extra.update(more)
+        namespace = Namespace(**fields, extra=extra)
+        self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
+        return namespace
+
+    def warm(self, namespaces: Sequence[Namespace]) -> None:
+        """Have memory ready, soon, for frames of chunks of these, which a process's first load
+        would wait for. Nothing is done where all tiers are memory."""
+        if all(tier.in_memory for tier in self._tiers):
+            return
+        chunks = [each.layout.bytes_per_token * self.chunk_size for each in namespaces]
+        sizes = [nbytes + _HEADER_BYTES for nbytes in chunks]
+        with contextlib.suppress(RuntimeError):  # no thread can be had
+            start_thread(partial(HOST.warm, sizes), "lmcache-warm")
+
+    def _check_capacities(self, nbytes: int) -> None:
+        for tier in self._config.tiers:
+            capacity = getattr(tier.options, "capacity", None)
+            compressed = any(serde.name != "raw" for serde in tier.serde)
+            if capacity is not None and capacity < nbytes and not compressed:
+                raise ConfigError(
+                    f"{tier.where}.capacity: {capacity} bytes are less than one chunk; for this "
+                    f"model {self.chunk_size} tokens take {nbytes} bytes"
+                )
+
+    def keys(self, namespace: Namespace, token_ids: TokenIds) -> list[ChunkKey]:
+        """One key for each full chunk of `token_ids`, root first."""
+        return namespace.keys(token_ids, self.chunk_size)
+
+    def lookup(self, keys: Sequence[ChunkKey]) -> Hit:
+        """The longest prefix of `keys` that is stored, over the union of all tiers.
+
+        Takes at most one deadline for each tier that does not answer.
+        """
+        where, failed = self._find(keys)
+        end = where.index(None) if None in where else len(keys)
+        self._count_misses(keys[end:], where[end:], failed)
+        return Hit(tuple(keys), tuple(n for n in where[:end] if n is not None))
+
+    def locate(self, keys: Sequence[ChunkKey]) -> list[int | None]:
+        """For each of `keys`, which need not be one sequence, the number of the fastest tier that
+        has it. For engines that make a Hit of their own; only a tier that fails counts misses.
+
+        Takes at most one deadline for each tier that does not answer.
+        """
+        where, failed = self._find(keys)
+        if failed[1]:
+            nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
+            name, reason = failed
+            if nowhere:
+                self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
+        return where
+
+    @property
+    def tiers(self) -> tuple[TierInfo, ...]:
+        """What a tier's number stands for."""
+        return tuple(
+            TierInfo(tier.name, config.backend, tier.in_memory)
+            for tier, config in zip(self._tiers, self._config.tiers, strict=False)
+        )
+
+    def bypassed(self, tier: int) -> bool:
+        """Whether a tier is not looked into for now: it failed, or loading from it does not pay."""
+        if tier >= len(self._tiers):  # in a forked child
+            return True
+        return self._tiers[tier].bypassed or not self.load_gate.allows(tier)
+
+    def _find(
+        self, keys: Sequence[ChunkKey], first: int = 0
+    ) -> tuple[list[int | None], tuple[str, str]]:
+        """For each key the fastest tier, from `first` on, that has it; and the (name, reason) of
+        a tier that could not tell, if any."""
+        where: list[int | None] = [None] * len(keys)
+        failed = ("", "")
+        unknown = list(range(len(keys)))
+        for number, tier in enumerate(self._tiers[first:], first):
+            if not unknown:
+                break
+            if not self.load_gate.allows(number):
+                failed = (tier.name, "slow")
+                continue
+            present, reason = tier.contains([keys[i] for i in unknown])
+            for i, there in zip(unknown, present, strict=True):
+                if there:
+                    where[i] = number
+            unknown = [i for i in unknown if where[i] is None]
+            failed = (tier.name, reason) if reason else failed
+        return where, failed
+
+    def _count_misses(
+        self,
+        keys: Sequence[ChunkKey],
+        where: Sequence[int | None],
+        failed: tuple[str, str],
+    ) -> None:
+        """Count what lies behind the end of a prefix: not there, or there behind a hole."""
+        nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
+        behind = [key for key, number in zip(keys, where, strict=True) if number is not None]
+        name, reason = failed if failed[1] else ("", "absent")
+        if nowhere:
+            self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
+        if behind:
+            self._observers.tell("missed", tier="", reason="hole", keys=behind)
+
+    def load(self, what: Hit | Sequence[ChunkKey], start: int = 0) -> Iterator[Chunk]:
+        """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
+
+        Ends early where a chunk fails to come; what was yielded is whole. Chunks are shared with
+        the memory tier: copy their tensors, never keep or change them. Chunks found in a store
+        that is not memory are promoted to the tiers above it.
+        """
+        hit = what if isinstance(what, Hit) else self.lookup(what)
+        keys, where = hit.keys[: hit.chunks], list(hit.tiers)
+        tally = _Tally(self._observers)
+        full: set[int] = set()
+        done = start
+        try:
+            while done < len(where):
+                for chunk, number in self._stream(keys, where, done):
+                    done += 1
+                    tally.add("loaded", self._tiers[number], chunk)
+                    self._spread(chunk, keys, number, full, tally)
+                    yield chunk
+                    del chunk
+                if done < len(where):
+                    where[done:] = self._find_again(keys, where, done)
+        finally:
+            tally.tell()
+            for tier in self._tiers if done > start else ():
+                tier.touch(keys[:done])
+
+    def _stream(
+        self, keys: Sequence[ChunkKey], where: Sequence[int], start: int
+    ) -> Iterator[tuple[Chunk, int]]:
+        """Chunks from `start` on and their tiers, as far as each tier has what it should have."""
+        arrivals: dict[int, _Arrivals] = {}
+        try:
+            for index in range(start, len(where)):
+                number = where[index]
+                if number not in arrivals:
+                    mine = [i for i in range(index, len(where)) if where[i] == number]
+                    arrivals[number] = _Arrivals(self._tiers[number], keys, mine)
+                got = arrivals[number].take(index)
+                if isinstance(got, Miss):
+                    return
+                yield got, number
+                del got
+        finally:
+            for arrival in arrivals.values():
+                arrival.close()
+
+    def _find_again(self, keys: Sequence[ChunkKey], where: Sequence[int], start: int) -> list[int]:
+        """Where the rest is, after chunk `start` did not come from its tier: nowhere faster."""
+        found, _ = self._find([keys[start]], where[start] + 1)
+        if found[0] is None:
+            return []
+        rest, _ = self._find(keys[start + 1 :])
+        end = rest.index(None) if None in rest else len(rest)
+        return [found[0], *(n for n in rest[:end] if n is not None)]
+
+    def _spread(
+        self,
+        chunk: Chunk,
+        keys: tuple[ChunkKey, ...],
+        source: int,
+        full: set[int],
+        tally: _Tally,
+    ) -> None:
+        """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
+        offer it again to one below that had to drop it."""
+        # Of memory, a chunk is a view: kept, it would hold a slot of a pool that others share.
+        from_memory = self._tiers[source].in_memory
+        for number, tier in enumerate(self._tiers):
+            promote = number < source and number not in full and not from_memory
+            if promote or (number > source and tier.lacks(chunk.key)):
+                reason = tier.store(chunk, keys)
+                if reason:
+                    full.add(number)
+                    tier.drop([chunk.key], reason)
+                elif tier.in_memory:
+                    tally.add("stored", tier, chunk)
+
+    def store(
+        self,
+        namespace: Namespace,
+        keys: Sequence[ChunkKey],
+        gather: Gather,
+        *,
+        start: int = 0,
+        tokens: int | None = None,
+    ) -> int:
+        """Store chunks `start` .. of a sequence; returns how many the first tier took.
+
+        `keys` is the whole sequence from its root. `gather` is called once for each chunk that is
+        new (a memory tier in front knows), with host tensors of `namespace.layout` for `tokens`
+        (default `chunk_size`) tokens to fill; `copy_exact` fills them safely. Only that copy
+        happens on the caller's thread, besides storing in memory; slower tiers are written behind.
+        Whatever `gather` raises comes through; chunks before it are stored.
+        """
+        if any(key.namespace != namespace.digest for key in keys):
+            raise ValueError("keys of another namespace")
+        tokens = self.chunk_size if tokens is None else tokens
+        keys = tuple(keys)
+        new = self._new(keys, start)
+        tally = _Tally(self._observers)
+        taken = [0] * len(self._tiers)
+        refused = [""] * len(self._tiers)
+        try:
+            for index in new:
+                if all(refused):
+                    break  # nobody takes it: do not even gather it
+                room = HOST.allocate if refused[0] else self._tiers[0].room(keys[: index + 1])
+                chunk = _gather(namespace, keys[index], index, tokens, gather, room)
+                for n, tier in enumerate(self._tiers):
+                    refused[n] = refused[n] or tier.store(chunk, keys)
+                    taken[n] += not refused[n]
+                    if tier.in_memory and not refused[n]:
+                        tally.add("stored", tier, chunk)
+        finally:
+            tally.tell()
+            for n, tier in enumerate(self._tiers):
+                if refused[n]:
+                    tier.drop([keys[index] for index in new[taken[n] :]], refused[n])
+        return taken[0] if taken else 0
+
+    def _new(self, keys: Sequence[ChunkKey], start: int) -> list[int]:
+        """Which chunks to gather: all that a memory tier in front does not have."""
+        indices = list(range(start, len(keys)))
+        if not self._tiers or not self._tiers[0].in_memory:
+            return indices
+        present, _ = self._tiers[0].contains(keys[start:])
+        return [i for i, there in zip(indices, present, strict=True) if not there]
+
+    def stats(self) -> dict[tuple[str, ...], int]:
+        """Counts by (event, labels ...), such as ("loaded", "disk") or
+        ("missed", "damaged", "disk"), in chunks or, where the event says so, bytes."""
+        return self._observers.counters.snapshot()
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Wait until all that was taken is stored or dropped; False where it takes longer."""
+        end = None if timeout is None else time.monotonic() + timeout
+        return all(
+            tier.flush(None if end is None else max(0.0, end - time.monotonic()))
+            for tier in self._tiers
+        )
+
+    def close(self) -> None:
+        """Write what was promised (for up to DRAIN_SECONDS), then release everything.
+
+        A closed engine finds nothing and stores nothing. One that is dropped without it is closed
+        then, or when the interpreter exits.
+        """
+        self._close()
+
+    def _abandon(self) -> None:
+        """In a forked child: threads, locks and connections are the parent's, so touch none."""
+        self._close.detach()
+        self.load_gate = LoadGate([False] * len(self._tiers), lambda tier, state, cause: None)
+        self._tiers = []
+        self._observers = Observers.silent()
+
+    def __enter__(self) -> CacheEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Arrivals:
+    """One tier's part of a load, put into the order of the sequence."""
+
+    def __init__(self, tier: Tier, keys: Sequence[ChunkKey], indices: Sequence[int]) -> None:
+        self._indices = indices
+        self._waiting: dict[int, Chunk | Miss] = {}
+        self._stream = tier.fetch([keys[i] for i in indices])
+
+    def take(self, index: int) -> Chunk | Miss:
+        while index not in self._waiting:
+            place, got = next(self._stream)
+            self._waiting[self._indices[place]] = got
+        return self._waiting.pop(index)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Tally:
+    """What a load or store did, told to the observers once for each tier."""
+
+    def __init__(self, observers: Observers) -> None:
+        self._observers = observers
+        self._counts: dict[tuple[str, str], tuple[list[ChunkKey], list[int]]] = {}
+
+    def add(self, event: str, tier: Tier, chunk: Chunk) -> None:
+        keys, sizes = self._counts.setdefault((event, tier.name), ([], []))
+        keys.append(chunk.key)
+        sizes.append(chunk.nbytes)
+
+    def tell(self) -> None:
+        for (event, tier), (keys, sizes) in self._counts.items():
+            self._observers.tell(event, tier=tier, keys=keys, nbytes=sum(sizes))
+
+
+def _gather(
+    namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather, room: Allocate
+) -> Chunk:
+    specs = namespace.layout.tensors(tokens)
+    tensors = views([room(sum(spec.nbytes for spec in specs))], specs)
+    gather(index, tensors)
+    return Chunk(key, namespace, index, tokens, tensors)
+
+
+def _open_tier(config: TierConfig, observers: Observers, strict: bool) -> Tier:
+    try:
+        backend = component("backends", config.backend)(config.options)
+    except Exception as error:  # a plugin's may be any
+        raise ConfigError(f"{config.where}: {str(error) or repr(error)}") from error
+    tier = Tier(config, backend, observers)
+    try:
+        if strict:
+            tier.ping()
+    except Exception as error:  # whatever the store's client raises
+        tier.close(0.0)
+        cause = str(error) or repr(error)
+        raise ConfigError(f"{config.where}: does not answer: {cause}") from error
+    return tier
+
+
+def _judged(tiers: Sequence[Tier], number: int, state: str, cause: str) -> None:
+    tiers[number].state_changed("loads")(state, cause)
+
+
+def _close(tiers: list[Tier]) -> None:
+    for tier in tiers:
+        tier.close(DRAIN_SECONDS)
+
+
+_ENGINES: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for engine in list(_ENGINES):
+        engine._abandon()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+
+def open(
+    config: str | Path | Mapping[str, Any] | Config | None = None,
+    plugins: Sequence[object] = (),
+) -> CacheEngine:
+    """A ready engine from a YAML file, a mapping, a Config, or (None) the environment.
+
+    `plugins`: objects with hooks (`lmcache_core.hookimpl`) for this engine. Raises ConfigError.
+    """
+    return CacheEngine(load(config), plugins)

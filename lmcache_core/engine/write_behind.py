@@ -1,0 +1,173 @@
+"""WriteBehind: a bounded queue of chunks, readable while they wait, and its thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+from lmcache_core.io.threads import start_thread
+from lmcache_core.kv.chunk import Chunk
+from lmcache_core.kv.keys import ChunkKey
+
+BATCH_BYTES = 64 << 20
+"""About this much is handed to the store at a time."""
+MAX_HOLES = 65536
+MAX_TOUCHES = 1024
+"""Beyond this many waiting jobs a touch is not worth its place."""
+
+Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
+"""(chunks, their chain) -> how many of them, from the first, the store now has."""
+Drop = Callable[[Sequence[ChunkKey], str], None]
+"""Hears (keys, reason) of chunks that were not stored."""
+
+
+class _Job(NamedTuple):
+    """One chunk of a sequence to store."""
+
+    chunk: Chunk
+    keys: tuple[ChunkKey, ...]
+
+
+_Call = Callable[[], None]
+"""What else the store is to be told."""
+
+
+class WriteBehind:
+    """Takes chunks up to `budget` bytes. Beyond that it refuses them or, if `block`, waits.
+
+    A chunk that was refused or not stored leaves a hole: what follows it in a sequence could never
+    be found, so it is refused too, until the missing chunk is offered again.
+    """
+
+    def __init__(self, write: Write, drop: Drop, budget: int, *, block: bool) -> None:
+        self.pending: dict[ChunkKey, Chunk] = {}
+        """Chunks taken and not yet stored. Reading it needs no lock."""
+        self.holes: dict[ChunkKey, None] = {}
+        """Chunks known to be missing in the store, the oldest first."""
+        self._write, self._drop = write, drop
+        self._budget, self._block = budget, block
+        self._jobs: deque[_Job | _Call] = deque()
+        self._bytes = 0
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._busy = False
+        self._closed = False
+
+    def add(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
+        """Queue a chunk of the sequence `keys`; returns "" or why it was refused. Raises
+        RuntimeError where the thread cannot be had."""
+        with self._changed:
+            if self._behind_hole(keys[: chunk.index]):
+                return "hole"
+            if self._block:
+                self._changed.wait_for(lambda: self._closed or self._fits(chunk.nbytes))
+            if self._closed or not self._fits(chunk.nbytes):
+                return "queue"
+            if chunk.key not in self.pending:
+                self._append(_Job(chunk, keys))
+                self.pending[chunk.key] = chunk
+                self._bytes += chunk.nbytes
+            self.holes.pop(chunk.key, None)
+        return ""
+
+    def call(self, work: _Call) -> None:
+        """Do something else with the store, after what was taken before; or not at all, where no
+        thread can be had."""
+        with self._changed, suppress(RuntimeError):
+            if not self._closed:
+                self._append(work)
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits that a touch is not worth its place."""
+        return len(self._jobs) >= MAX_TOUCHES
+
+    def missing(self, keys: Sequence[ChunkKey]) -> None:
+        """Note chunks that the store will not have."""
+        with self._changed:
+            self._remember(keys)
+
+    def _behind_hole(self, before: Sequence[ChunkKey]) -> bool:
+        return bool(self.holes) and any(key in self.holes for key in before)
+
+    def _fits(self, nbytes: int) -> bool:
+        return self._bytes + nbytes <= self._budget or not self.pending
+
+    def _remember(self, keys: Sequence[ChunkKey]) -> None:
+        self.holes.update(dict.fromkeys(keys))
+        while len(self.holes) > MAX_HOLES:
+            del self.holes[next(iter(self.holes))]
+
+    def _append(self, job: _Job | _Call) -> None:
+        if self._thread is None:
+            self._thread = start_thread(self._run, "lmcache-writer")
+        self._jobs.append(job)
+        self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (work := self._take()) is not None:
+            work()
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+            del work  # hold no chunk while idle
+
+    def _take(self) -> _Call | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            if not self._jobs:
+                return None
+            self._busy = True
+            first = self._jobs.popleft()
+            return self._batch(first) if isinstance(first, _Job) else first
+
+    def _batch(self, first: _Job) -> _Call:
+        """Storing this and the next chunks of its sequence, about BATCH_BYTES of them."""
+        chunks, nbytes = [first.chunk], first.chunk.nbytes
+        while self._jobs:
+            job = self._jobs[0]
+            if not isinstance(job, _Job) or job.keys is not first.keys:
+                break
+            if nbytes + job.chunk.nbytes > BATCH_BYTES:
+                break
+            self._jobs.popleft()
+            chunks.append(job.chunk)
+            nbytes += job.chunk.nbytes
+        return partial(self._store, chunks, first.keys[: chunks[-1].index + 1])
+
+    def _store(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> None:
+        with self._changed:
+            hole = self._behind_hole(chain[: chunks[0].index])
+        stored = 0
+        if hole:
+            self._drop([chunk.key for chunk in chunks], "hole")
+        else:
+            stored = self._write(chunks, chain)
+        with self._changed:
+            for chunk in chunks:
+                if self.pending.pop(chunk.key, None) is not None:  # none is left once closed
+                    self._bytes -= chunk.nbytes
+            self._remember([chunk.key for chunk in chunks[stored:]])
+
+    def flush(self, timeout: float | None) -> bool:
+        """Wait until all that was taken is stored or dropped; False where it takes longer."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Flush for at most `timeout` seconds, drop the rest, end the thread."""
+        drained = self.flush(timeout)
+        with self._changed:
+            self._closed = True
+            left = [job.chunk.key for job in self._jobs if isinstance(job, _Job)]
+            self._jobs.clear()
+            self.pending.clear()  # even what a hung store holds: nothing is found here any more
+            self._changed.notify_all()
+        if left:
+            self._drop(left, "deadline")
+        if drained and self._thread is not None:
+            self._thread.join(timeout)

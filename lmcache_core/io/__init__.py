@@ -1,0 +1,1 @@
+"""Moving bytes: buffers, host memory, device streams, threads, the clock of a transfer."""

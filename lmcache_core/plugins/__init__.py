@@ -1,0 +1,1 @@
+"""Plugins: components by name, hooks, events, counters, the log."""

@@ -1,0 +1,1 @@
+"""Policies: what leaves when a store is full."""
