@@ -10,7 +10,6 @@ from lmcache_core.backend import (
 )
 from lmcache_core.config.models import Config, SerdeConfig, TierConfig, strict_requested
 from lmcache_core.config.models import load as load_config
-from lmcache_core.connector import Connector
 from lmcache_core.engine.engine import CacheEngine, Gather, open
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.errors import (
@@ -60,7 +59,6 @@ __all__ = [
     "ChunkKey",
     "Config",
     "ConfigError",
-    "Connector",
     "DaemonPool",
     "DeadlineExceeded",
     "Duration",
