@@ -1,0 +1,89 @@
+"""Secrets: text as it may be shown in errors, logs and reprs, whatever was written by mistake.
+
+A URL keeps its scheme, its servers and its path. What stands before an @, after a colon that no
+port follows, and in a query is left out: `redis://user:word@host:6379/0` becomes
+`redis://***@host:6379/0`, and `s3://KEY:WORD`, whose bucket was forgotten, `s3://KEY:***`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+LONGEST = 80
+"""Characters of a value that are shown."""
+MASK = "***"
+_NAMES_SECRET = re.compile(
+    r"pass|secret|token|credential|salt|(^|[_.-])(key|auth)($|[_.-])", re.IGNORECASE
+)
+_URL = re.compile(
+    r"""
+    (?P<scheme> (?<![\w+.-]) [a-z][\w+.-]* :/{0,3})?    # also memcached:u:w@h and redis:/h
+    (?P<login> [^\s'"<>]* @)
+    (?P<rest> [^\s'"<>]*)
+    | (?P<plain> (?<![\w+.-]) [a-z][\w+.-]* ://) (?P<open> [^\s'"<>]*)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_SCHEME = re.compile(r"\s*[a-z][\w+.-]*:(?:/{1,3}|(?=\w+:))", re.IGNORECASE)
+_AFTER_HOST = re.compile(
+    r"""
+    (?P<ipv6> \[ [0-9a-f:.%]* \])
+    | :(?! \d{1,5} (?: [/,;:.)\]] | $ )) .+     # a colon that no port follows, and all behind it
+    | [?#] .*
+    """,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[a-z])(?!/)[\w+/=-]{24,}", re.IGNORECASE)
+"""What a key or a token looks like: long, of letters and digits, no path."""
+
+
+def masked(text: str) -> str:
+    """`text`, which may hold URLs or their remains, without what may be a secret in them."""
+    return _URL.sub(_masked, text)
+
+
+def shown(value: object, key: str = "") -> str:
+    """A value that was found under `key`, for an error or a repr: short, and without secrets."""
+    if names_secret(key):
+        return f"{MASK} (not shown)"
+    if isinstance(value, Mapping):
+        inner = (f"{masked(str(name))}: {shown(each, str(name))}" for name, each in value.items())
+        return _short("{" + ", ".join(inner) + "}")
+    if isinstance(value, list | tuple):
+        return _short("[" + ", ".join(shown(each) for each in value) + "]")
+    if isinstance(value, str):
+        return _short(repr(_text(value)))
+    return _short(masked(repr(value)))
+
+
+def names_secret(key: str) -> bool:
+    """Whether what stands under a key of that name is a secret."""
+    return bool(_NAMES_SECRET.search(key))
+
+
+def _text(value: str) -> str:
+    """A value as a whole: a password in it may hold blanks and quotes."""
+    if _RANDOM.fullmatch(value):
+        return MASK
+    scheme = _SCHEME.match(value)
+    if "@" in value:
+        return f"{scheme[0] if scheme else ''}{MASK}@{_servers(value.rpartition('@')[2])}"
+    if scheme:
+        return scheme[0] + _servers(value[scheme.end() :])
+    return value if " " in value else _servers(value)
+
+
+def _masked(match: re.Match[str]) -> str:
+    if match["login"] is not None:
+        return f"{match['scheme'] or ''}{MASK}@{_servers(match['rest'])}"
+    return match["plain"] + _servers(match["open"])
+
+
+def _servers(text: str) -> str:
+    """What follows a login: hosts with their ports, and a path."""
+    return _AFTER_HOST.sub(lambda match: match["ipv6"] or match[0][0] + MASK, text)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
