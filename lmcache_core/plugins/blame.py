@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import traceback
 
-from lmcache_core.plugins.masking import masked
+from lmcache_core.plugins.secrets import masked
 
 _LONGEST = 500
 """Characters of a cause that are shown."""

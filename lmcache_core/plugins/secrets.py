@@ -25,6 +25,14 @@ _URL = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+_ASSIGNED = re.compile(
+    r"""
+    (?P<name> \b \w*? (?:pass\w*|pwd|secret|token|credentials?|salt|(?<![a-z])key) (?:_\w+)?)
+    (?P<is> = | ["']\s*[:=]\s*)                   # password=w, 'password': 'w'
+    (?: "[^"]*" | '[^']*' | [^\s"'&;,)}\]]+)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
 _SCHEME = re.compile(r"\s*[a-z][\w+.-]*:(?:/{1,3}|(?=\w+:))", re.IGNORECASE)
 _AFTER_HOST = re.compile(
     r"""
@@ -39,8 +47,9 @@ _RANDOM = re.compile(r"(?=.*\d)(?=.*[a-z])(?!/)[\w+/=-]{24,}", re.IGNORECASE)
 
 
 def masked(text: str) -> str:
-    """`text`, which may hold URLs or their remains, without what may be a secret in them."""
-    return _URL.sub(_masked, text)
+    """`text` without what may be a secret: in URLs and their remains, and in what is assigned to a
+    name such as `password`."""
+    return _ASSIGNED.sub(rf"\g<name>\g<is>{MASK}", _URL.sub(_masked, text))
 
 
 def shown(value: object, key: str = "") -> str:
