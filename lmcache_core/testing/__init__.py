@@ -18,14 +18,19 @@ Needs pytest and hypothesis, which lmcache_core itself does not.
 
 from lmcache_core.testing.backend import SMALL, BackendConformance, RawAccess
 from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
+from lmcache_core.testing.connector import Answer, ConnectorConformance, Engine, Serve
 from lmcache_core.testing.leaks import no_leaks
 from lmcache_core.testing.serde import SerdeConformance
 
 __all__ = [
     "SMALL",
+    "Answer",
     "BackendConformance",
+    "ConnectorConformance",
+    "Engine",
     "RawAccess",
     "SerdeConformance",
+    "Serve",
     "layouts",
     "make_chunk",
     "no_leaks",
