@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from lmcache_core.errors import ConfigError, DeadlineExceeded, StorageError
 from lmcache_core.io.buffers import Buffers, concat, split_at
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import host_register
+from lmcache_core.io.medium import file_system_bytes, memory_bytes
 from lmcache_core.io.threads import start_thread
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.plugins.log import LOG
 from lmcache_core.plugins.options import Options
 from lmcache_core.plugins.registry import component
-from lmcache_core.plugins.units import Duration, Size
+from lmcache_core.plugins.secrets import masked
+from lmcache_core.plugins.units import Duration, LocalPath, Size, unquoted
 from lmcache_core.policy.eviction import LRU, EvictionPolicy
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "DeadlineExceeded",
     "Duration",
     "EvictionPolicy",
+    "LocalPath",
     "Options",
     "Size",
     "StorageBackend",
@@ -36,9 +39,13 @@ __all__ = [
     "Stored",
     "component",
     "concat",
+    "file_system_bytes",
     "host_register",
+    "masked",
+    "memory_bytes",
     "split_at",
     "start_thread",
+    "unquoted",
 ]
 
 Allocate = Callable[[int], memoryview]
@@ -65,6 +72,16 @@ class StorageBackend(ABC):
 
     Options: ClassVar[type[Options]] = Options
     """Pydantic model of the YAML keys that this backend takes."""
+
+    schemes: ClassVar[Sequence[str]] = ()
+    """Of URLs that `url`, one of its keys, may begin with, such as ("redis", "rediss"): by them
+    LMCACHE_REMOTE_URL finds the backend."""
+
+    medium: ClassVar[Literal["memory", "disk", "server", "object store"]] = "server"
+    """What the bytes lie in, the fastest first."""
+
+    locality: ClassVar[Literal["process", "host", "network"]] = "network"
+    """Who else may have what this process stores: nobody, this host's, or any."""
 
     in_memory: ClassVar[bool] = False
     """True where a call never waits and nobody else can change the bytes (this host's memory):

@@ -22,20 +22,20 @@ import stat
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-from pydantic import field_validator
+from typing import Any
 
 from lmcache_core.backend import (
     Allocate,
     Buffers,
     ChunkKey,
     ConfigError,
+    LocalPath,
     Options,
     Size,
     StorageBackend,
     StorageError,
     Stored,
+    file_system_bytes,
 )
 
 _IOV_MAX = 1024
@@ -47,30 +47,38 @@ _SLACK = 20
 
 
 class DiskOptions(Options):
-    """`path`: a directory, created when missing; `~` is the user's. `capacity`: bytes over all
-    processes that share it. `fsync`: force each chunk to the medium before it becomes visible;
+    """`path`: a directory, created when missing. `capacity`: bytes over all processes that share
+    it. `fsync`: force each chunk to the medium before it becomes visible;
     without it a power cut may cost chunks, which their checksum turns into misses."""
 
-    path: Path
+    path: LocalPath
     capacity: Size
     fsync: bool = False
 
-    @field_validator("path", mode="before")
-    @classmethod
-    def _directory(cls, value: object) -> object:
-        if value is None or not str(value).strip():
-            raise ValueError("expected a directory")
-        return os.path.expanduser(str(value))
-
     def identity(self) -> str:
-        """Two tiers of equal identity would be one store."""
+        """The directory, links followed."""
         return os.path.realpath(self.path)
+
+    def medium_bytes(self) -> int:
+        """Of the file system."""
+        return file_system_bytes(self.path)
+
+    @classmethod
+    def from_lmcache(cls, url: str, extra: dict[str, Any]) -> dict[str, Any]:
+        """Of `fs://host:port/path`: the path, without the limit that every tier has here."""
+        path = "/" + url.partition("://")[2].partition("/")[2]
+        raise ValueError(
+            f"a shared file system is a tier of its own here: backend: disk, path: {path}, "
+            "and a capacity"
+        )
 
 
 class DiskBackend(StorageBackend):
     """A directory of frames."""
 
     Options = DiskOptions
+    schemes = ("fs",)
+    medium, locality = "disk", "host"
 
     def __init__(self, options: DiskOptions) -> None:
         self._capacity = options.capacity

@@ -15,6 +15,7 @@ from lmcache_core.backend import (
     StorageBackend,
     Stored,
     component,
+    memory_bytes,
 )
 
 
@@ -24,11 +25,16 @@ class LocalCpuOptions(Options):
     capacity: Size
     eviction: str = "lru"
 
+    def medium_bytes(self) -> int:
+        """Of this host's memory."""
+        return memory_bytes()
+
 
 class LocalCpuBackend(StorageBackend):
     """A dictionary with a byte budget."""
 
     Options = LocalCpuOptions
+    medium, locality = "memory", "process"
     in_memory = True
 
     def __init__(self, options: LocalCpuOptions) -> None:

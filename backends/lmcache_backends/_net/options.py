@@ -4,16 +4,37 @@ keeps what it gets."""
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from typing import Annotated, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, FilePath, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic.types import PathType
 
-from lmcache_core.backend import ConfigError, Duration, Options
+from lmcache_core.backend import ConfigError, Duration, LocalPath, Options, unquoted
 
 Prefix = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 """What the keys of one deployment begin with, so that several share a server."""
+
+
+def _url(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    variable = re.search(r"\$\{(\w+)\}", value)
+    if variable:
+        raise ValueError(
+            f"expected a url; {variable[0]} in it is not replaced, but a password can come from a "
+            f"variable: password_env: {variable[1]}"
+        )
+    return unquoted(value)
+
+
+SecretUrl = Annotated[SecretStr, BeforeValidator(_url)]
+"""A url that may hold a password. Quotes and blanks around it are left out."""
+
+File = Annotated[LocalPath, PathType("file")]
+"""A file that is there."""
 
 
 class Address(NamedTuple):
@@ -58,7 +79,8 @@ def from_environment(name: str | None) -> str:
     if name is None:
         return ""
     if name not in os.environ:
-        raise ConfigError(f"the environment variable {name} is not set")
+        hidden = name if re.fullmatch(r"[A-Z_][A-Z0-9_]*", name) else "that is named"
+        raise ConfigError(f"the environment variable {hidden} is not set")
     return os.environ[name]
 
 
@@ -66,9 +88,9 @@ class Tls(Options):
     """`ca`: a file of certificates to trust instead of the system's. `cert`, `key`: files of the
     client's own certificate. `check_hostname`: whether the server's must name the host."""
 
-    ca: FilePath | None = None
-    cert: FilePath | None = None
-    key: FilePath | None = None
+    ca: File | None = None
+    cert: File | None = None
+    key: File | None = None
     check_hostname: bool = True
 
     def context(self) -> ssl.SSLContext:

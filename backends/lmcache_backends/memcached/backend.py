@@ -23,10 +23,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr, field_validator
+from pydantic import field_validator
 
 from lmcache_backends._net.connection import Buffer, Lane, Refused, Wire
-from lmcache_backends._net.options import Address, Expiry, Login, Prefix, Tls
+from lmcache_backends._net.options import Address, Expiry, Login, Prefix, SecretUrl, Tls
 from lmcache_backends.memcached.servers import (
     MANY,
     OPEN_SECONDS,
@@ -59,19 +59,19 @@ class MemcachedOptions(Expiry):
     """`url`: memcached://[user[:password]@]host[:port][,host[:port]...], or
     memcached:///path/of/a/socket. `password_env`: a variable that holds the password."""
 
-    url: SecretStr
+    url: SecretUrl
     prefix: Prefix = "lmcache"
     password_env: str | None = None
     tls: Tls | None = None
 
     @field_validator("url")
     @classmethod
-    def _readable(cls, url: SecretStr) -> SecretStr:
+    def _readable(cls, url: SecretUrl) -> SecretUrl:
         parse_url(url.get_secret_value())
         return url
 
     def identity(self) -> str:
-        """Two tiers of equal identity would be one store."""
+        """The servers and the prefix, without who we are to them."""
         hosts = sorted(parse_url(self.url.get_secret_value()).hosts)
         return f"{','.join(map(str, hosts))} {self.prefix}"
 
@@ -107,6 +107,7 @@ class MemcachedBackend(StorageBackend):
     """Frames as items of memcached servers."""
 
     Options = MemcachedOptions
+    schemes = ("memcached",)
 
     def __init__(self, options: MemcachedOptions) -> None:
         self._prefix = options.prefix.encode() + b":"

@@ -17,10 +17,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from pydantic import Field, SecretStr, field_validator, model_validator
-
 from lmcache_backends._net.connection import Buffer, Lane, Refused
-from lmcache_backends._net.options import Address, Expiry, Prefix, Tls, from_environment
+from lmcache_backends._net.options import Address, from_environment
+from lmcache_backends.redis.options import RedisOptions
 from lmcache_backends.redis.servers import (
     Dial,
     Link,
@@ -51,51 +50,13 @@ _SCAN_SECONDS = 10.0
 _END = b"\r\n"
 
 
-class RedisOptions(Expiry):
-    """`url`: redis://[user[:password]@]host[:port][/db], rediss:// (TLS) or unix://path[?db=n].
-    Several hosts, with commas between, are sentinels or seeds of a cluster.
-    `sentinel`: the name of the service whose master the hosts tell. `cluster`: they are nodes of
-    one. `password_env`, `sentinel_password_env`: variables that hold the passwords.
-    """
-
-    url: SecretStr
-    prefix: Prefix = "lmcache"
-    sentinel: str | None = None
-    cluster: bool = False
-    password_env: str | None = None
-    sentinel_password_env: str | None = None
-    tls: Tls = Field(default_factory=Tls)
-
-    @field_validator("url")
-    @classmethod
-    def _readable(cls, url: SecretStr) -> SecretStr:
-        parse_url(url.get_secret_value())
-        return url
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> RedisOptions:
-        url = parse_url(self.url.get_secret_value())
-        if self.sentinel and self.cluster:
-            raise ValueError("expected either sentinel or cluster")
-        if len(url.hosts) > 1 and not (self.sentinel or self.cluster):
-            raise ValueError("several hosts need sentinel: <service>, or cluster: true")
-        if url.db and self.cluster:
-            raise ValueError("a cluster has no numbered databases")
-        if self.tls != Tls() and url.scheme != "rediss":
-            raise ValueError("tls needs a url that begins with rediss://")
-        return self
-
-    def identity(self) -> str:
-        """Two tiers of equal identity would be one store."""
-        url = parse_url(self.url.get_secret_value())
-        hosts = ",".join(str(host) for host in sorted(url.hosts))
-        return f"{hosts}/{url.db} {self.sentinel or ''} {self.prefix}"
-
-
 class RedisBackend(StorageBackend):
     """Frames as string values of a Redis server, or of the masters of a Cluster."""
 
     Options = RedisOptions
+    schemes = (
+        "redis", "rediss", "unix", "valkey", "valkeys", "resp", "redis-cluster", "redis-sentinel",
+    )  # fmt: skip
 
     def __init__(self, options: RedisOptions) -> None:
         self._prefix = options.prefix.encode() + b":"

@@ -27,22 +27,20 @@ import asyncio
 import queue
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
-from urllib.parse import unquote
+from typing import Any, NamedTuple
 
 from aiobotocore.config import AioConfig
 from botocore import UNSIGNED
-from pydantic import Field, SecretStr, field_validator, model_validator
 
 from lmcache_backends._net.options import Tls
 from lmcache_backends.s3.bucket import Bucket, Mistake, Refused, told
 from lmcache_backends.s3.loop import Loop, Patience, result, together
+from lmcache_backends.s3.options import S3Options, Url, parse_url
 from lmcache_core.backend import (
     Allocate,
     Buffers,
     ChunkKey,
     ConfigError,
-    Options,
     StorageBackend,
     StorageError,
     Stored,
@@ -71,73 +69,12 @@ _UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingConte
 _FORBIDDEN = "is not for these credentials (needs ListBucket, GetObject, PutObject, DeleteObject)"
 
 
-class S3Options(Options):
-    """`url`: s3://[key id:secret@]bucket[/prefix]; credentials that are not there come from where
-    AWS's tools look for them: the environment, a profile, the machine's role. `anonymous`: sign
-    nothing. `endpoint`: http(s)://host[:port] of a server other than Amazon's. `addressing`: the
-    bucket's place in a request's address; `auto` is the host's name for Amazon and the path for
-    others. `parallel`: frames that one call may have under way.
-    """
-
-    url: SecretStr
-    endpoint: str | None = Field(default=None, pattern=r"^https?://[^/@\s]+/?$")
-    region: str | None = None
-    addressing: Literal["auto", "path", "virtual"] = "auto"
-    anonymous: bool = False
-    parallel: int = Field(default=16, ge=1, le=256)
-    tls: Tls = Field(default_factory=Tls)
-
-    @field_validator("url")
-    @classmethod
-    def _readable(cls, url: SecretStr) -> SecretStr:
-        parse_url(url.get_secret_value())
-        return url
-
-    @model_validator(mode="after")
-    def _fitstogether(self) -> S3Options:
-        url = parse_url(self.url.get_secret_value())
-        if self.anonymous and url.key_id:
-            raise ValueError("expected either credentials in url or anonymous")
-        if self.tls != Tls() and (self.endpoint or "").startswith("http://"):
-            raise ValueError("tls needs an endpoint that begins with https://")
-        if not self.tls.check_hostname:
-            raise ValueError(
-                "check_hostname cannot be off for s3: name the host as its certificate"
-            )
-        if self.tls.key and not self.tls.cert:
-            raise ValueError("tls.key needs a tls.cert")
-        return self
-
-    def identity(self) -> str:
-        """Two tiers of equal identity would be one store."""
-        url = parse_url(self.url.get_secret_value())
-        server = self.endpoint.rstrip("/") if self.endpoint else "s3:/"
-        return f"{server}/{url.bucket}/{url.prefix}"
-
-
-class Url(NamedTuple):
-    """What a url says."""
-
-    bucket: str
-    prefix: str
-    key_id: str | None
-    secret: str | None
-
-
-def parse_url(text: str) -> Url:
-    """Raises ValueError, which never quotes the url: it may hold a secret."""
-    match = re.fullmatch(r"s3://(?:([^:@/]+):([^:@/]+)@)?([a-zA-Z0-9][\w.-]+)(/[\w.!()/-]*)?", text)
-    if match is None:
-        raise ValueError("expected s3://[key id:secret@]bucket[/prefix], with / in a secret as %2F")
-    key_id, secret, bucket, path = match.groups()
-    prefix = (path or "").strip("/") or "lmcache"
-    return Url(bucket, prefix, key_id and unquote(key_id), secret and unquote(secret))
-
-
 class S3Backend(StorageBackend):
     """Frames as objects of a bucket."""
 
     Options = S3Options
+    schemes = ("s3",)
+    medium = "object store"
 
     def __init__(self, options: S3Options) -> None:
         url = parse_url(options.url.get_secret_value())

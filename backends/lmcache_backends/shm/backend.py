@@ -31,6 +31,7 @@ import numpy as np
 from pydantic import Field
 
 from lmcache_backends.shm.segment import (
+    DIRECTORY,
     MEMBERS,
     PAGE,
     Segment,
@@ -47,6 +48,7 @@ from lmcache_core.backend import (
     StorageBackend,
     StorageError,
     Stored,
+    file_system_bytes,
 )
 
 FREE, RESERVED, WHOLE, GONE = range(4)
@@ -69,14 +71,19 @@ class ShmOptions(Options):
     pool: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = "default"
 
     def identity(self) -> str:
-        """Two tiers of equal identity would be one store."""
+        """The pool's name."""
         return self.pool
+
+    def medium_bytes(self) -> int:
+        """Of the file system for shared memory."""
+        return file_system_bytes(DIRECTORY)
 
 
 class ShmBackend(StorageBackend):
     """This process's membership of a pool."""
 
     Options = ShmOptions
+    medium, locality = "memory", "host"
     in_memory = True
 
     def __init__(self, options: ShmOptions) -> None:
