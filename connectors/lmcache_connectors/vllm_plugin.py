@@ -13,13 +13,13 @@ import logging
 import os
 from typing import Any
 
-from lmcache_connectors import _vllm_weights
+from lmcache_connectors.vllm import weights
 from lmcache_core import load_config, strict_requested
 
 NAME = "LmcacheCoreConnector"
-MODULE = "lmcache_connectors.vllm"
+MODULE = "lmcache_connectors.vllm.connector"
 TIER = "LmcacheCoreTier"
-TIER_MODULE = "lmcache_connectors.vllm_tier"
+TIER_MODULE = "lmcache_connectors.vllm.tier"
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -31,7 +31,7 @@ def register() -> None:
 
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, MODULE, NAME)
-    _vllm_weights.watch()
+    weights.watch()
     create = EngineArgs.create_engine_config
     if not hasattr(create, "lmcache_core"):
         EngineArgs.create_engine_config = _with_default(create)

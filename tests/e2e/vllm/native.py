@@ -34,7 +34,7 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-from lmcache_connectors.vllm_tier import LmcacheCoreTier
+from lmcache_connectors.vllm.tier import LmcacheCoreTier
 from tests.e2e.vllm.conftest import BLOCK
 
 PATIENCE = 20.0

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lmcache_connectors import _vllm_identity
-from lmcache_connectors._vllm_identity import Adapters
+from lmcache_connectors.vllm import identity
+from lmcache_connectors.vllm.adapters import Adapters
 from lmcache_core import ConfigError
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
@@ -244,9 +244,9 @@ def test_any_part_of_the_weights_tells_them_apart(tmp_path: Path) -> None:
         if place is not None:
             data[place : place + (1 << 20)] = b"\1" * (1 << 20)
         file.write_bytes(data)
-        seen.add(_vllm_identity._files(tmp_path))
+        seen.add(identity._files(tmp_path))
     assert len(seen) == 4
     file.unlink()
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="no weights"):
-        _vllm_identity._files(tmp_path)
+        identity._files(tmp_path)

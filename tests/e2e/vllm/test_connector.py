@@ -15,10 +15,10 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from lmcache_connectors import _vllm_scheduler
-from lmcache_connectors._vllm_chunks import Metadata
-from lmcache_connectors._vllm_worker import Worker
-from lmcache_connectors.vllm import LmcacheCoreConnector, _say_off
+from lmcache_connectors.vllm import scheduler as scheduling
+from lmcache_connectors.vllm.connector import LmcacheCoreConnector, _say_off
+from lmcache_connectors.vllm.messages import Metadata
+from lmcache_connectors.vllm.worker import Worker
 from lmcache_core.io.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
@@ -296,7 +296,7 @@ def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
 ) -> None:
     """The step computes, on blocks that did not come, more blocks: none of them may be stored."""
     ids = prompt(400)
-    allocated = _vllm_scheduler.Scheduler.allocated
+    allocated = scheduling.Scheduler.allocated
 
     def evicted(self: Any, *arguments: Any) -> None:
         """After the lookup and before the load, all but the root is gone, or all."""
@@ -309,7 +309,7 @@ def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
         answers(llm, ids[:200])
         forget(llm)
         with monkeypatch.context() as patch:
-            patch.setattr(_vllm_scheduler.Scheduler, "allocated", evicted)
+            patch.setattr(scheduling.Scheduler, "allocated", evicted)
             assert answers(llm, ids)[0][0] == cold
         forget(llm)
         assert answers(llm, ids) == own
@@ -322,7 +322,7 @@ def test_what_is_gone_serves_nobody_where_its_request_is_aborted(
 ) -> None:
     """VLLM has the blocks of such a step in its prefix cache, and does not compute them anew."""
     ids, longer = prompt(400), [*prompt(400), *prompt(50, 1)]
-    allocated, store = _vllm_scheduler.Scheduler.allocated, LmcacheCoreConnector.wait_for_save
+    allocated, store = scheduling.Scheduler.allocated, LmcacheCoreConnector.wait_for_save
     with engine(llama) as llm:
         cold = answers(llm, longer)[0][0]
     with engine(llama, memory) as llm:
@@ -341,7 +341,7 @@ def test_what_is_gone_serves_nobody_where_its_request_is_aborted(
                 core.abort_request(["a"])
 
         with monkeypatch.context() as patch:
-            patch.setattr(_vllm_scheduler.Scheduler, "allocated", evicted)
+            patch.setattr(scheduling.Scheduler, "allocated", evicted)
             patch.setattr(LmcacheCoreConnector, "wait_for_save", aborted)
             core.add_request("a", {"prompt_token_ids": ids}, GREEDY)
             (known,) = scheduler._requests.values()

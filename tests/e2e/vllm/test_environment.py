@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lmcache_backends.shm.__main__ import main as shm
-from lmcache_connectors import _vllm_cache
+from lmcache_connectors.vllm import cache
 from lmcache_core import load_config
 from tests.backends.redis_servers import redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine
@@ -61,12 +61,12 @@ def test_private_memory_becomes_a_pool_where_several_processes_need_it() -> None
     private = {"backend": "local_cpu", "name": "memory", "capacity": "1MiB", "deadline": "3s"}
     tiers = [{**private, "serde": ["zstd"]}, {"backend": "redis", "url": "redis://127.0.0.1"}]
     memory, redis = load_config({"tiers": tiers}).tiers
-    shared = _vllm_cache._shared(memory)
+    shared = cache._shared(memory)
     assert (shared.backend, shared.options.capacity) == ("shm", 1 << 20)
     assert shared.options.pool == f"vllm-{1 << 20}"
     for same in ("name", "serde", "deadline", "queue", "where"):
         assert getattr(shared, same) == getattr(memory, same)
-    assert _vllm_cache._shared(redis) is redis
+    assert cache._shared(redis) is redis
 
 
 def test_a_fresh_process_has_what_an_earlier_one_put_into_memory(

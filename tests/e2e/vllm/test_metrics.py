@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 
-from lmcache_connectors._vllm_stats import Stats
+from lmcache_connectors.vllm.stats import Stats
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.test_connector import answers, connector, forget, prompt
 

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
-from lmcache_connectors.vllm_tier import LmcacheCoreTier
+from lmcache_connectors.vllm.tier import LmcacheCoreTier
 from lmcache_core import ConfigError
 from tests.backends.redis_servers import eventually, redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
@@ -398,7 +398,7 @@ def test_it_closes_whole(disk: dict[str, Any], config: VllmConfig) -> None:
 
 def test_vllm_finds_it_by_name_and_by_module() -> None:
     by_name = SecondaryTierFactory.get_tier_class({"type": "LmcacheCoreTier"})
-    entry = {"type": "LmcacheCoreTier", "module_path": "lmcache_connectors.vllm_tier"}
+    entry = {"type": "LmcacheCoreTier", "module_path": "lmcache_connectors.vllm.tier"}
     assert by_name is SecondaryTierFactory.get_tier_class(entry) is LmcacheCoreTier
 
 

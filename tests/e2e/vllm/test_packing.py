@@ -17,7 +17,7 @@ from vllm import SamplingParams
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from lmcache_connectors._vllm_packing import (
+from lmcache_connectors.vllm.packing import (
     COLUMNS,
     SPLIT,
     TILES,

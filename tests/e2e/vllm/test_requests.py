@@ -16,10 +16,12 @@ import pytest
 import torch
 from vllm import SamplingParams
 
-from lmcache_connectors import _vllm_scheduler, _vllm_worker
-from lmcache_connectors._vllm_chunks import Metadata
-from lmcache_connectors._vllm_memory import GroupMemory
-from lmcache_connectors.vllm import LmcacheCoreConnector
+from lmcache_connectors.vllm import scheduler as scheduling
+from lmcache_connectors.vllm import worker as working
+from lmcache_connectors.vllm.connector import LmcacheCoreConnector
+from lmcache_connectors.vllm.lookup import Lookup
+from lmcache_connectors.vllm.memory import GroupMemory
+from lmcache_connectors.vllm.messages import Metadata
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import (
     GREEDY,
@@ -199,7 +201,7 @@ def test_a_step_that_computes_does_not_wait_for_loads(
 
     with engine(llama, disk) as llm, monkeypatch.context() as patch:
         patch.setattr(LmcacheCoreConnector, "start_load_kv", without_context)
-        patch.setattr(_vllm_worker, "wait", noted)
+        patch.setattr(working, "wait", noted)
         answers(llm, prompt(300))
         forget(llm)
         answers(llm, prompt(300))
@@ -212,14 +214,14 @@ def test_many_lookups_that_last_hold_up_no_step(
 ) -> None:
     """A step waits for all of them as long as for one."""
     answered = Event()
-    find = _vllm_scheduler.Scheduler._find
+    find = Lookup.find
 
     def late(self: Any, *arguments: Any) -> Any:
         answered.wait(60)
         return find(self, *arguments)
 
-    monkeypatch.setattr(_vllm_scheduler, "INLINE_SECONDS", 0.2)
-    monkeypatch.setattr(_vllm_scheduler.Scheduler, "_find", late)
+    monkeypatch.setattr(scheduling, "INLINE_SECONDS", 0.2)
+    monkeypatch.setattr(Lookup, "find", late)
     with engine(llama, disk) as llm:
         core = llm.llm_engine
         for n in range(50):
@@ -236,8 +238,8 @@ def test_many_lookups_that_last_hold_up_no_step(
 def test_what_was_announced_and_never_comes_holds_up_nobody_else(
     llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 600)
-    params = {"kv_transfer_params": {_vllm_scheduler.ANNOUNCED: 64}}
+    monkeypatch.setattr(scheduling, "ANNOUNCED_SECONDS", 600)
+    params = {"kv_transfer_params": {scheduling.ANNOUNCED: 64}}
     promised = SamplingParams(temperature=0, max_tokens=2, detokenize=False, extra_args=params)
     with engine(llama, disk) as llm:
         core = llm.llm_engine
@@ -247,7 +249,7 @@ def test_what_was_announced_and_never_comes_holds_up_nobody_else(
         while not any(out.finished for out in core.step()):
             pass
         assert core.get_num_unfinished_requests() == 20
-        monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 0)
+        monkeypatch.setattr(scheduling, "ANNOUNCED_SECONDS", 0)
         for known in connector(llm)._scheduler._requests.values():
             known.until = time.monotonic()
         while core.has_unfinished_requests():
@@ -257,9 +259,9 @@ def test_what_was_announced_and_never_comes_holds_up_nobody_else(
 def test_what_was_announced_is_not_waited_for_where_its_store_is_dead(
     llama: Path, redis: tuple[dict[str, Any], Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_vllm_scheduler, "ANNOUNCED_SECONDS", 600)
+    monkeypatch.setattr(scheduling, "ANNOUNCED_SECONDS", 600)
     extra, server = redis
-    params = {"kv_transfer_params": {_vllm_scheduler.ANNOUNCED: 64}}
+    params = {"kv_transfer_params": {scheduling.ANNOUNCED: 64}}
     promised = SamplingParams(temperature=0, max_tokens=2, detokenize=False, extra_args=params)
     with engine(llama, extra) as llm:
         server.kill()

@@ -1,9 +1,9 @@
 """vLLM: blocks that prefill computed come back for every later request, in any process.
 
-vLLM builds the connector twice. The scheduler's side (`_vllm_scheduler.py`) looks up, by vLLM's
+vLLM builds the connector twice. The scheduler's side (`scheduler.py`) looks up, by vLLM's
 own block hashes, how far a request's prefix is stored, and says what to load and to store; the
-worker's side (`_vllm_worker.py`, one a rank) moves whole blocks between vLLM's memory and the
-cache. Whose KV it is says `_vllm_identity.py`, and `_vllm_memory.py` proves that blocks are where
+worker's side (`worker.py`, one a rank) moves whole blocks between vLLM's memory and the
+cache. Whose KV it is says `identity.py`, and `memory.py` proves that blocks are where
 they seem to be.
 
 Nothing here may hurt the engine: what cannot be loaded is reported and recomputed, what cannot be
@@ -34,12 +34,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lmcache_connectors import _vllm_weights
-from lmcache_connectors._vllm_cache import is_strict
-from lmcache_connectors._vllm_chunks import Metadata, Report
-from lmcache_connectors._vllm_scheduler import Scheduler
-from lmcache_connectors._vllm_stats import Metrics, Stats
-from lmcache_connectors._vllm_worker import Worker
+from lmcache_connectors.vllm import weights
+from lmcache_connectors.vllm.cache import is_strict
+from lmcache_connectors.vllm.messages import Metadata, Report
+from lmcache_connectors.vllm.scheduler import Scheduler
+from lmcache_connectors.vllm.stats import Metrics, Stats
+from lmcache_connectors.vllm.worker import Worker
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -77,7 +77,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = Scheduler(vllm_config, kv_cache_config)
-                _vllm_weights.watch_adapters()
+                weights.watch_adapters()
             else:
                 self._worker = Worker(vllm_config, kv_cache_config)
         except Exception as error:  # vLLM must start
@@ -108,7 +108,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.blocks = kv_cache_manager
 
     def on_adapter(self, lora_request: LoRARequest) -> None:
-        """An adapter is loaded. Called by `_vllm_weights.py`."""
+        """An adapter is loaded. Called by `weights.py`."""
         if self._scheduler:
             self._scheduler.adapter(lora_request)
 

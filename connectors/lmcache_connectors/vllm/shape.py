@@ -1,25 +1,14 @@
-"""How vLLM's KV is cut, and who it belongs to: a Namespace for each KV cache group of a worker.
-
-vLLM's block hashes stand for the tokens before a block's end, its multimodal inputs, prompt
-embeddings, LoRA name and cache salt. They do not stand for the model, its weights, its
-quantization, the place of the worker or the way the bytes of a block are packed: that is here.
-"""
+"""How vLLM's KV is cut into chunks: a Namespace for each KV cache group of a worker."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
@@ -28,23 +17,27 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.request import Request
 
 from lmcache_connectors._sharing import shared_namespace
-from lmcache_connectors._vllm_chunks import Group
-from lmcache_connectors._vllm_packing import Packing
-from lmcache_connectors._vllm_packing import packing as packing_of
+from lmcache_connectors.vllm.chunks import Group
+from lmcache_connectors.vllm.identity import (
+    digest,
+    has_rope,
+    hash_identity,
+    memory_format,
+    model_identity,
+    number_identity,
+)
+from lmcache_connectors.vllm.packing import Packing
+from lmcache_connectors.vllm.packing import packing as packing_of
 from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
 
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
 within a chunk reuses nothing of that chunk, so chunks stay small."""
-_SAMPLE, _STEP = 4 << 10, 1 << 20
-"""A fingerprint reads so many bytes of the weights, and after so many the next: of every tensor."""
 _BY_LENGTH = ("longrope", "dynamic")
 """Rotary embeddings that Transformers scales by a prompt's length, and vLLM once for all."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 class Shape:
@@ -73,7 +66,7 @@ class Shape:
         if not config.model_config.is_prefix_caching_supported:
             raise ConfigError("vLLM needs the whole prompt of this model, no prefix can be reused")
         self._config, self._kv, self._engine = config, kv, engine
-        self._model = _model(config)
+        self._model = model_identity(config)
         self._looked_at = looked_at
         self.share_as = share_as(config)
         self.chunk = engine.chunk_size
@@ -94,7 +87,7 @@ class Shape:
             )
         if self.share_as and (len(blocks) > 1 or parallel.world_size > 1):
             raise ConfigError("share_as: expected one KV cache group on one device")
-        if self.share_as and _has_rope(config.model_config.hf_config.to_dict(), *_BY_LENGTH):
+        if self.share_as and has_rope(config.model_config.hf_config.to_dict(), *_BY_LENGTH):
             raise ConfigError("share_as: positions that change with a prompt are not shared")
 
     def hashed_tokens(self, request: Request) -> int:
@@ -139,11 +132,11 @@ class Shape:
             layout=layout,
             rank=rank,
             world=config.parallel_config.tensor_parallel_size,
-            memory_format="canonical" if packing else _memory_format(config, kv, spec),
+            memory_format="canonical" if packing else memory_format(config, kv, spec),
             extra={
-                **_numbers(config),
-                "group": _digest([group.layer_names, repr(spec)]),
-                "hashes": _hashes(config, self.vllm_hashed),
+                **number_identity(config),
+                "group": digest([group.layer_names, repr(spec)]),
+                "hashes": hash_identity(config, self.vllm_hashed),
                 "chunk": str(self.chunk),
             },
         )
@@ -200,94 +193,6 @@ def _bytes_per_token(kv: KVCacheConfig) -> int:
     )
 
 
-def offloaded(config: VllmConfig, offloading: OffloadingConfig, nbytes: int) -> dict[str, Any]:
-    """Namespace fields for the rows of vLLM's native offloading, `nbytes` bytes of all workers.
-
-    Raises ConfigError for models with LoRA adapters.
-    """
-    if config.lora_config is not None:
-        raise ConfigError("LoRA: vLLM offloads by an adapter's name and path, its files may change")
-    model, parallel, cut = config.model_config, offloading.parallel, offloading.cache
-    tokens = offloading.groups[0].tokens_per_block
-    block = SimpleNamespace(dtype=model.dtype, block_size=tokens, head_size=model.get_head_size())
-    workers = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
-    row = LayerGroup(
-        kind="opaque", layers=(0,), kv_heads=1, key_dim=nbytes, value_dim=0, dtype="uint8"
-    )
-    return {
-        **_model(config),
-        "layout": KVLayout(groups=(row,)),
-        "memory_format": _memory_format(config, offloading, block),
-        "extra": {
-            **_numbers(config),
-            "groups": _digest(repr(offloading.groups)),
-            "hashes": _hashes(config, cut.tokens_per_hash),
-            "row": f"{offloading.worker_kv_bytes_per_block} {cut.blocks_per_chunk}",
-            "workers": f"{parallel.world_size} {workers}",
-            "canonical": f"{offloading.canonical_layout} {offloading.replicated_layout}",
-        },
-    }
-
-
-def _model(config: VllmConfig) -> dict[str, Any]:
-    """Namespace fields that say which model it is."""
-    model = config.model_config
-    return {
-        "model": _model_name(model.model),
-        "weights": _weights(config),
-        "revision": str(model.revision or ""),
-        "positions": _digest(_positions(model)),
-    }
-
-
-def _numbers(config: VllmConfig) -> dict[str, str]:
-    """What else decides which numbers the model computes and vLLM keeps."""
-    model = config.model_config
-    return {
-        "vllm": vllm.__version__,
-        "quantization": f"{model.quantization} {model.dtype}",
-        "cache": f"{config.cache_config.cache_dtype}",
-        "overrides": _digest(repr(model.hf_overrides)),
-    }
-
-
-class Adapters:
-    """Fingerprints of the LoRA files that requests name: one name with other files shares nothing.
-
-    vLLM keeps an adapter in memory under its number, and reads the files again when it must or is
-    told to. Files that changed since the number was first seen may or may not be what it computes
-    with.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[int, str] = {}
-
-    def fingerprint(self, lora: Any) -> str | None:
-        """Of a request's adapter, "" without one; None where that is not known for sure."""
-        if lora is None:
-            return ""
-        path = Path(lora.lora_path)
-        try:  # a name on a hub is no path: who knows what it stands for
-            states = [(file.name, *_state(file)) for file in sorted(path.iterdir())]
-        except OSError:
-            return None
-        now = _digest([lora.lora_name, str(path), states])
-        if getattr(lora, "load_inplace", False):
-            self._seen[lora.lora_int_id] = now
-        known = self._seen.setdefault(lora.lora_int_id, now)
-        return known if known == now else None
-
-
-def _state(file: Path) -> tuple[int, int]:
-    """Changes with a file's content. Raises OSError."""
-    stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _model_name(model: str) -> str:
-    return Path(model).name if Path(model).is_dir() else model
-
-
 def _layer_group(names: Sequence[str], spec: Any, packing: Packing | None) -> LayerGroup:
     """What a block holds of a group's layers: [kv_heads, tokens, dim] of keys and values, or
     [kv_heads, tokens, bytes of both] as vLLM packs them."""
@@ -321,27 +226,6 @@ def _layer_indices(names: Sequence[str]) -> list[int]:
     return indices if distinct else list(range(len(names)))
 
 
-def _memory_format(config: VllmConfig, kv: KVCacheConfig | OffloadingConfig, spec: Any) -> str:
-    """Names the packing within a block, which each attention backend chooses for itself."""
-    cache = config.cache_config
-    backend = getattr(config.attention_config, "backend", None)
-    name = f"vllm {vllm.__version__} {current_platform.device_name} {backend}"
-    if current_platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-        isa = _get_attn_isa(spec.dtype, spec.block_size, spec.head_size, cache.cache_dtype)
-        name += f" {isa}"
-    return f"{name} {getattr(kv, 'kv_cache_layout', '')} {spec.block_size}"
-
-
-def _hashes(config: VllmConfig, tokens: int) -> str:
-    """What vLLM's block hashes, of `tokens` tokens each, depend on besides what they hash."""
-    from vllm.v1.core.kv_cache_utils import get_none_hash_seed
-
-    algorithm = config.cache_config.prefix_caching_hash_algo
-    return f"{algorithm} {get_none_hash_seed()!r} {tokens}"
-
-
 def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:
     """Tokens that one of vLLM's block hashes stands for."""
     size = getattr(kv, "hash_block_size", None)
@@ -350,58 +234,3 @@ def hash_block_size(config: VllmConfig, kv: KVCacheConfig) -> int:
 
         size = resolve_kv_cache_block_sizes(kv, config)[1]
     return int(size)
-
-
-def _positions(model: Any) -> dict[str, Any]:
-    """The model's config. LongRoPE has factors for short and for long prompts, and vLLM takes those
-    of the longest prompt that it would serve."""
-    fields = dict(model.hf_config.to_dict())
-    for name in ("_name_or_path", "transformers_version"):
-        fields.pop(name, None)
-    if _has_rope(fields, "longrope"):
-        fields["max_model_len"] = model.max_model_len
-    return fields
-
-
-def _has_rope(fields: dict[str, Any], *kinds: str) -> bool:
-    """Whether a model's config names one of these kinds of rotary embeddings."""
-    text = json.dumps(fields, default=str)
-    return any(f'"{kind}"' in text for kind in kinds)
-
-
-def _digest(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _weights(config: VllmConfig) -> str:
-    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot.
-
-    Raises ConfigError where neither tells what they are.
-    """
-    model = config.model_config
-    if str(config.load_config.load_format) == "dummy":
-        return f"dummy {model.seed}"
-    path = Path(model.model)
-    if path.exists():
-        return _files(path)
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    if not commit:
-        raise ConfigError(f"nothing tells which weights {model.model} are")
-    return str(commit)
-
-
-def _files(path: Path) -> str:
-    """Of names, sizes and samples of all weights, so that gigabytes take a second."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in _WEIGHTS and file.is_file()]
-    if not files:
-        raise ConfigError(f"no weights in {path}: nothing tells which they are")
-    state = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        state.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
-        with file.open("rb") as data:
-            for start in (*range(0, size, _STEP), max(0, size - _SAMPLE)):
-                state.update(os.pread(data.fileno(), _SAMPLE, start))
-    return state.hexdigest()

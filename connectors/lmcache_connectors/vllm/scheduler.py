@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
@@ -26,15 +27,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lmcache_connectors import _vllm_cache
-from lmcache_connectors._vllm_chunks import (
-    Chunks,
-    Metadata,
-    Report,
-    all_or_nothing,
-    chunk_ends,
-)
-from lmcache_connectors._vllm_identity import Adapters
+from lmcache_connectors.vllm import cache
+from lmcache_connectors.vllm.adapters import Adapters
+from lmcache_connectors.vllm.chunks import Chunks, all_or_nothing, chunk_ends
+from lmcache_connectors.vllm.lookup import Found, Lookup
+from lmcache_connectors.vllm.messages import Metadata, Report
 from lmcache_core import LOG, DaemonPool, TierInfo
 
 log = logging.getLogger("vllm.lmcache_core")
@@ -47,17 +44,6 @@ ANNOUNCED_SECONDS = 2.0
 """How long a request waits for KV that another instance has announced."""
 AGAIN_SECONDS = 0.01
 """How long after a look for it another one is worth it."""
-
-
-class Found(NamedTuple):
-    """What of a prefix is stored."""
-
-    tokens: int
-    usable: int
-    """Tokens that vLLM can use; it must have at least one of the prompt to compute."""
-    ends: list[int]
-    tiers: list[list[list[int]]]
-    """By rank, group and chunk; anything for chunks that a sliding window has left."""
 
 
 @dataclass
@@ -92,7 +78,7 @@ class Scheduler:
     def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
         """Raises ConfigError for what cannot be stored, RuntimeError where no thread can be had."""
         self._transfer = config.kv_transfer_config
-        self._cache = _vllm_cache.acquire(config, kv)
+        self._cache = cache.acquire(config, kv)
         try:
             self._shape = self._cache.shape(config, kv)
             world = config.parallel_config.tensor_parallel_size
@@ -100,10 +86,17 @@ class Scheduler:
             self._lookups = DaemonPool("lmcache-vllm-lookup", LOOKUPS)
             self._lookups.start()
         except BaseException:
-            _vllm_cache.release(self._cache)
+            cache.release(self._cache)
             raise
         self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
         self._unit = self._shape.unit
+        self._lookup = Lookup(
+            self._ranks,
+            self._cache.engine.locate,
+            chunk=self._chunk,
+            hashed=self._hashed,
+            unit=self._unit,
+        )
         self._patience = INLINE_SECONDS
         """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}
@@ -166,54 +159,10 @@ class Scheduler:
         if known.lookup is None or known.asked != asked:
             known.asked = asked
             hashes = list(self._shape.hashes(request))
-            known.lookup = self._lookups.submit(lambda: self._find(hashes, usable, known.salt))
+            known.lookup = self._lookups.submit(
+                partial(self._lookup.find, hashes, usable, known.salt)
+            )
         return known.lookup
-
-    def _find(self, hashes: list[bytes], usable: int, salt: str) -> Found:
-        """The longest prefix that every group of every rank has, as far as it needs it."""
-        total = len(hashes) * self._hashed
-        total -= total % self._unit
-        ends = chunk_ends(0, total, self._chunk)
-        where = self._locate(hashes, ends, salt)
-        count = self._longest(where, ends, usable)
-        ends, last = ends[:count], ends[count : count + 1]
-        shorter = range(count * self._chunk + self._unit, last[0], self._unit) if last else ()
-        short = self._locate(hashes, shorter, salt)
-        for n in reversed(range(len(shorter))):
-            if all(row[n] is not None for rows in short for row in rows):
-                ends.append(shorter[n])
-                for rows, more in zip(where, short, strict=True):
-                    for row, tail in zip(rows, more, strict=True):
-                        row[count:] = [tail[n]]
-                break
-        tiers = [[[n or 0 for n in row[: len(ends)]] for row in rows] for rows in where]
-        return Found(ends[-1] if ends else 0, usable, ends, tiers)
-
-    def _locate(
-        self, hashes: Sequence[bytes], ends: Sequence[int], salt: str
-    ) -> list[list[list[int | None]]]:
-        """Where the chunks are that end there, by rank, group and chunk; one question for all."""
-        mine = [hashes[end // self._hashed - 1] for end in ends]
-        keys = [key for groups in self._ranks for group in groups for key in group.keys(mine, salt)]
-        found = iter(self._cache.engine.locate(keys) if keys else ())
-        return [[[next(found) for _ in ends] for _ in groups] for groups in self._ranks]
-
-    def _longest(
-        self, where: list[list[list[int | None]]], ends: Sequence[int], usable: int
-    ) -> int:
-        """How many chunks from the root on can be used."""
-        rows = [(g, row) for r, groups in zip(self._ranks, where, strict=True)
-                for g, row in zip(r, groups, strict=True)]  # fmt: skip
-        whole = [row for group, row in rows if not group.window]
-        count = min([row.index(None) if None in row else len(row) for row in whole] or [len(ends)])
-        windows = [(group, row) for group, row in rows if group.window]
-        while count and not all(
-            None
-            not in row[bisect_right(ends, group.first_kept(min(ends[count - 1], usable))) : count]
-            for group, row in windows
-        ):
-            count -= 1
-        return count
 
     def match(self, request: Request, computed: int) -> int | None:
         """Tokens beyond `computed` that can be loaded; None while that is being found out."""
@@ -471,7 +420,7 @@ class Scheduler:
     def close(self) -> None:
         """Release threads and tiers."""
         self._lookups.close()
-        _vllm_cache.release(self._cache)
+        cache.release(self._cache)
 
 
 ANNOUNCED = "lmcache_core_tokens"

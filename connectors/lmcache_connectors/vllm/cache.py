@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 import lmcache_core
-from lmcache_connectors._vllm_identity import Shape, chunk_tokens, share_as
+from lmcache_connectors.vllm.shape import Shape, chunk_tokens, share_as
 from lmcache_core import (
     Config,
     ConfigError,
@@ -34,7 +34,7 @@ class Cache:
         self.engine = lmcache_core.open(config)
         self.config = config
         self.counts: defaultdict[str, float] = defaultdict(float)
-        """What the connector counts itself; see `_vllm_stats.py`."""
+        """What the connector counts itself; see `stats.py`."""
         self._told: dict[tuple[str, ...], int] = {}
         self._lock = threading.Lock()
 

@@ -11,12 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorMetadata,
-    KVConnectorWorkerMetadata,
-)
-
-from lmcache_connectors._vllm_packing import Packing
+from lmcache_connectors.vllm.packing import Packing
 from lmcache_core import ChunkKey, Namespace
 
 
@@ -104,42 +99,3 @@ class Chunks:
     def start(self, place: int, chunk: int) -> int:
         """The first token of a chunk."""
         return (self.ends[place] - 1) // chunk * chunk
-
-
-@dataclass
-class Metadata(KVConnectorMetadata):
-    """What the scheduler tells the workers in one step."""
-
-    loads: list[Chunks] = field(default_factory=list)
-    stores: list[Chunks] = field(default_factory=list)
-    weights: int = 0
-    """How often the weights had changed, as far as the scheduler knew."""
-    idle: bool = False
-    """Whether vLLM computes nothing in this step."""
-    number: int = 0
-    """The step's."""
-
-
-@dataclass
-class Report(KVConnectorWorkerMetadata):
-    """What a worker tells the scheduler in one step."""
-
-    step: int = 0
-    """Its number."""
-    weights: int = 0
-    """How often its weights have changed."""
-    loads: list[tuple[int, int, float]] = field(default_factory=list)
-    """Loads that ended, told by the first rank for all: their slowest tier, the tokens that came,
-    seconds."""
-    off: bool = False
-    """It moves nothing."""
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
-        if not isinstance(other, Report):
-            return self
-        return Report(
-            self.step,
-            max(self.weights, other.weights),
-            self.loads + other.loads,
-            self.off or other.off,
-        )

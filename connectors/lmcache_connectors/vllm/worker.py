@@ -19,10 +19,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lmcache_connectors import _vllm_cache, _vllm_weights
-from lmcache_connectors._vllm_chunks import Chunks, Metadata, Report, all_or_nothing
-from lmcache_connectors._vllm_memory import GroupMemory
-from lmcache_connectors._vllm_packing import Packing, layer_write, prove
+from lmcache_connectors.vllm import cache, weights
+from lmcache_connectors.vllm.chunks import Chunks, all_or_nothing
+from lmcache_connectors.vllm.memory import GroupMemory
+from lmcache_connectors.vllm.messages import Metadata, Report
+from lmcache_connectors.vllm.packing import Packing, layer_write, prove
 from lmcache_core import LOG, ConfigError, DaemonPool, Hit, Tensors, run_threads_on, side_stream
 
 LOADS = 8
@@ -60,9 +61,9 @@ class Worker:
         self._ended: list[tuple[int, int, float]] = []
         """Loads of which the scheduler has not heard; see `Report`."""
         self._staged: list[Future[None]] = []
-        self._weights = _vllm_weights.changes()
+        self._weights = weights.changes()
         run_threads_on(spare_cores())
-        self._cache = _vllm_cache.acquire(config, kv)
+        self._cache = cache.acquire(config, kv)
         self._loaders = DaemonPool("lmcache-vllm-load", LOADS)
         self._storer = DaemonPool("lmcache-vllm-store", 1)
         try:
@@ -253,7 +254,7 @@ class Worker:
     # What else the scheduler hears
 
     def _weights_now(self) -> int:
-        return _vllm_weights.changes() - self._weights
+        return weights.changes() - self._weights
 
     def report(self, step: int) -> Report:
         """What the scheduler is to hear of a step."""
@@ -275,4 +276,4 @@ class Worker:
         wait(jobs, 1.0)
         self._loaders.close()
         self._storer.close()
-        _vllm_cache.release(self._cache)
+        cache.release(self._cache)

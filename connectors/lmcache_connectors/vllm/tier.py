@@ -38,7 +38,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import lmcache_core
-from lmcache_connectors._vllm_identity import offloaded
+from lmcache_connectors.vllm.identity import offloaded
 from lmcache_core import (
     LOG,
     ChunkKey,

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lmcache_connectors._vllm_packing import Packing
+from lmcache_connectors.vllm.packing import Packing
 from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, record_event
 
 

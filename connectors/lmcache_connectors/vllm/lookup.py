@@ -1,0 +1,85 @@
+"""How far a prefix is stored: a question to the tiers, and what of the answer can be used."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from lmcache_connectors.vllm.chunks import Group, chunk_ends
+from lmcache_core import ChunkKey
+
+
+class Found(NamedTuple):
+    """What of a prefix is stored."""
+
+    tokens: int
+    usable: int
+    """Tokens that vLLM can use; it must have at least one of the prompt to compute."""
+    ends: list[int]
+    tiers: list[list[list[int]]]
+    """By rank, group and chunk; anything for chunks that a sliding window has left."""
+
+
+class Lookup:
+    """Looks prefixes up over all groups of all ranks. Its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        ranks: Sequence[Sequence[Group]],
+        where: Callable[[Sequence[ChunkKey]], Sequence[int | None]],
+        *,
+        chunk: int,
+        hashed: int,
+        unit: int,
+    ) -> None:
+        """`ranks`: each one's groups. `where`: the tier that has each of these keys, if one has.
+        Tokens of a chunk, of what a hash stands for, and of what a hit is a multiple of."""
+        self._ranks, self._where = ranks, where
+        self._chunk, self._hashed, self._unit = chunk, hashed, unit
+
+    def find(self, hashes: Sequence[bytes], usable: int, salt: str) -> Found:
+        """The longest prefix that every group of every rank has, as far as it needs it."""
+        total = len(hashes) * self._hashed
+        total -= total % self._unit
+        ends = chunk_ends(0, total, self._chunk)
+        where = self._locate(hashes, ends, salt)
+        count = self._longest(where, ends, usable)
+        ends, last = ends[:count], ends[count : count + 1]
+        shorter = range(count * self._chunk + self._unit, last[0], self._unit) if last else ()
+        short = self._locate(hashes, shorter, salt)
+        for n in reversed(range(len(shorter))):
+            if all(row[n] is not None for rows in short for row in rows):
+                ends.append(shorter[n])
+                for rows, more in zip(where, short, strict=True):
+                    for row, tail in zip(rows, more, strict=True):
+                        row[count:] = [tail[n]]
+                break
+        tiers = [[[n or 0 for n in row[: len(ends)]] for row in rows] for rows in where]
+        return Found(ends[-1] if ends else 0, usable, ends, tiers)
+
+    def _locate(
+        self, hashes: Sequence[bytes], ends: Sequence[int], salt: str
+    ) -> list[list[list[int | None]]]:
+        """Where the chunks are that end there, by rank, group and chunk; one question for all."""
+        mine = [hashes[end // self._hashed - 1] for end in ends]
+        keys = [key for groups in self._ranks for group in groups for key in group.keys(mine, salt)]
+        found = iter(self._where(keys) if keys else ())
+        return [[[next(found) for _ in ends] for _ in groups] for groups in self._ranks]
+
+    def _longest(
+        self, where: list[list[list[int | None]]], ends: Sequence[int], usable: int
+    ) -> int:
+        """How many chunks from the root on can be used."""
+        rows = [(g, row) for r, groups in zip(self._ranks, where, strict=True)
+                for g, row in zip(r, groups, strict=True)]  # fmt: skip
+        whole = [row for group, row in rows if not group.window]
+        count = min([row.index(None) if None in row else len(row) for row in whole] or [len(ends)])
+        windows = [(group, row) for group, row in rows if group.window]
+        while count and not all(
+            None
+            not in row[bisect_right(ends, group.first_kept(min(ends[count - 1], usable))) : count]
+            for group, row in windows
+        ):
+            count -= 1
+        return count
