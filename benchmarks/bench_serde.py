@@ -3,8 +3,9 @@
     python benchmarks/bench_serde.py [--documents 8] [--write]
 
 Model: SmolLM2-135M-Instruct in bfloat16. Text: the Python language reference in windows of 2,048
-tokens. Of each window the first 1,024 tokens are the prefix: their KV goes through the chain, four
-chunks of 256 tokens, frame and checksum included. The other 1,024 tokens are scored on top of it.
+tokens. Of each window the first 1,024 tokens are the prefix: their KV goes through the pipeline,
+four chunks of 256 tokens, frame and checksum included. The other 1,024 tokens are scored on top of
+it.
 
     ratio        bytes of KV per byte of frame
     encode, decode   GB/s of KV in bfloat16, one thread, medians
@@ -50,7 +51,7 @@ ROOT = Path(__file__).parents[1]
 
 TOKENS, CHUNK, PREFIX = 2048, 256, 1024
 Step = str | tuple[str, dict[str, Any]]
-CHAINS: dict[str, list[Step]] = {
+PIPELINES: dict[str, list[Step]] = {
     "raw": ["raw"],
     "zstd": ["zstd"],
     "byteplane": ["byteplane"],
@@ -74,9 +75,9 @@ console = Console()
 
 @dataclass
 class Row:
-    """What was measured of one chain."""
+    """What was measured of one pipeline."""
 
-    chain: str
+    pipeline: str
     ratio: float = 0.0
     encode: float = 0.0
     batch: float = 0.0
@@ -90,8 +91,8 @@ class Row:
     sizes: list[float] = field(default_factory=list, repr=False)
 
 
-def chain_of(steps: list[Step]) -> Pipeline:
-    """The chain of these steps."""
+def pipeline_of(steps: list[Step]) -> Pipeline:
+    """The pipeline of these steps."""
     serdes = []
     for step in steps:
         name, options = (step, {}) if isinstance(step, str) else step
@@ -153,10 +154,13 @@ def chunks_of(namespace: Namespace, keys: torch.Tensor, values: torch.Tensor) ->
     ]  # fmt: skip
 
 
-def through(chain: Pipeline, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, float]:
+def through(pipeline: Pipeline, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Keys and values after encoding and decoding, and the ratio."""
-    frames = [memoryview(bytearray().join(encode(chunk, chain))) for chunk in chunks]
-    got = [decode([data], chunk.key).tensors for data, chunk in zip(frames, chunks, strict=True)]
+    frames = [memoryview(bytearray().join(encode(chunk, pipeline))) for chunk in chunks]
+    got = [
+        decode([data], chunk.key, pipeline, chunk.tokens).tensors
+        for data, chunk in zip(frames, chunks, strict=True)
+    ]
     ratio = sum(chunk.nbytes for chunk in chunks) / sum(data.nbytes for data in frames)
     return (
         torch.cat([tensors["g0.k"] for tensors in got], dim=2),
@@ -174,7 +178,7 @@ def measure_quality(model: Any, document: torch.Tensor, rows: list[Row]) -> None
     reference = score(model, keys, values, rest)[:-1]
     best = reference.argmax(dim=-1)
     for row in rows:
-        *kv, ratio = through(chain_of(CHAINS[row.chain]), chunks)
+        *kv, ratio = through(pipeline_of(PIPELINES[row.pipeline]), chunks)
         got = score(model, *kv, rest)[:-1]
         loss = -(got - reference).gather(1, targets[:, None]).mean()
         row.nll.append(float(loss))
@@ -188,13 +192,15 @@ def measure_speed(chunks: list[Chunk], rows: list[Row], rounds: int) -> None:
     workers, chunk = DaemonPool("encode", ENCODERS), chunks[1]
     nbytes = sum(c.nbytes for c in chunks)
     for row in rows:
-        chain = chain_of(CHAINS[row.chain])
-        data = memoryview(bytearray().join(encode(chunk, chain)))
-        row.encode = speed(lambda: encode(chunk, chain), chunk.nbytes, rounds)  # noqa: B023
-        row.decode = speed(lambda: decode([data], chunk.key), chunk.nbytes, rounds)  # noqa: B023
+        pipeline = pipeline_of(PIPELINES[row.pipeline])
+        data = memoryview(bytearray().join(encode(chunk, pipeline)))
+        encoding = partial(encode, chunk, pipeline)
+        decoding = partial(decode, [data], chunk.key, pipeline, chunk.tokens)
+        row.encode = speed(encoding, chunk.nbytes, rounds)
+        row.decode = speed(decoding, chunk.nbytes, rounds)
 
-        def encode_all(chain: Pipeline = chain) -> None:
-            jobs = [workers.submit(partial(encode, c, chain)) for c in chunks]
+        def encode_all(pipeline: Pipeline = pipeline) -> None:
+            jobs = [workers.submit(partial(encode, c, pipeline)) for c in chunks]
             for job in jobs:
                 job.result()
 
@@ -241,11 +247,11 @@ def beside(
 ) -> None:
     """Print how fast [byteplane, zstd] is beside a rival, in turns of ten: a machine that others
     use is not as fast in one minute as in the next."""
-    chain = chain_of(CHAINS["byteplane, zstd"])
-    frame = memoryview(bytearray().join(encode(chunk, chain)))
+    pipeline = pipeline_of(PIPELINES["byteplane, zstd"])
+    frame = memoryview(bytearray().join(encode(chunk, pipeline)))
     pairs = {
-        "encodes": (lambda: encode(chunk, chain), compress),
-        "decodes": (lambda: decode([frame], chunk.key), decompress),
+        "encodes": (lambda: encode(chunk, pipeline), compress),
+        "decodes": (lambda: decode([frame], chunk.key, pipeline, chunk.tokens), decompress),
     }
     for what, pair in pairs.items():
         ours, theirs = zip(*([speed(work, 1, 10) for work in pair] for _ in range(15)), strict=True)
@@ -267,12 +273,12 @@ def speed(work: Callable[[], object], nbytes: int, rounds: int) -> float:
 def table(rows: list[Row], others: list[str]) -> str:
     """Markdown; `others` are finished lines."""
     lines = [
-        "| chain | ratio | encode GB/s | batch GB/s | decode GB/s | perplexity | KL (mnat) "
+        "| pipeline | ratio | encode GB/s | batch GB/s | decode GB/s | perplexity | KL (mnat) "
         "| greedy |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r.chain} | {r.ratio:.2f} | {r.encode:.1f} | {r.batch:.1f} | {r.decode:.1f} "
+        f"| {r.pipeline} | {r.ratio:.2f} | {r.encode:.1f} | {r.batch:.1f} | {r.decode:.1f} "
         f"| {r.perplexity:.4f} | {1e3 * r.kl:.2f} | {r.greedy:.1%} |"
         for r in rows
     ]
@@ -291,7 +297,7 @@ def plot(rows: list[Row], file: Path) -> None:
     for row in rows:
         lossy = row.kl > 0
         axes.scatter(row.ratio, 1e3 * row.kl, color="tab:orange" if lossy else "tab:blue", zorder=3)
-        axes.annotate(row.chain, (row.ratio, 1e3 * row.kl), xytext=(5, 4),
+        axes.annotate(row.pipeline, (row.ratio, 1e3 * row.kl), xytext=(5, 4),
                       textcoords="offset points", fontsize=8)  # fmt: skip
     axes.set_xlabel("ratio: bytes of KV per stored byte (more is better)")
     axes.set_ylabel("KL divergence, millinats (less is better)")
@@ -322,13 +328,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--documents", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15, help="timings of each chain")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each pipeline")
     parser.add_argument("--write", action="store_true", help="update docs/")
     options = parser.parse_args()
     with console.status("Loading SmolLM2-135M-Instruct ..."):
         model, tokenizer = smollm2.load(torch.bfloat16)
         documents = windows(tokenizer, options.documents)
-    rows = [Row(chain) for chain in CHAINS]
+    rows = [Row(pipeline) for pipeline in PIPELINES]
     for document in track(documents, "Scoring documents", console=console):
         measure_quality(model, document, rows)
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 import weakref
@@ -55,7 +56,7 @@ class CacheEngine:
         self._close = weakref.finalize(self, _close, self._tiers)
         try:
             for tier in config.tiers:
-                self._tiers.append(_open_tier(tier, self._observers, config.strict))
+                self._tiers.append(_open_tier(tier, self._observers, config))
         except BaseException:
             self.close()
             raise
@@ -215,6 +216,8 @@ class CacheEngine:
                 got = arrivals[number].take(index)
                 if isinstance(got, Miss):
                     return
+                if got.index != index:  # as the frame says, which may be a stranger's
+                    got = dataclasses.replace(got, index=index)
                 yield got, number
                 del got
         finally:
@@ -272,6 +275,8 @@ class CacheEngine:
         if any(key.namespace != namespace.digest for key in keys):
             raise ValueError("keys of another namespace")
         tokens = self.chunk_size if tokens is None else tokens
+        if not 0 < tokens <= self.chunk_size:
+            raise ValueError(f"{tokens} tokens; a chunk has 1 to {self.chunk_size}")
         keys = tuple(keys)
         new = self._new(keys, start)
         tally = _Tally(self._observers)
@@ -387,14 +392,14 @@ def _gather(
     return Chunk(key, namespace, index, tokens, tensors)
 
 
-def _open_tier(config: TierConfig, observers: Observers, strict: bool) -> Tier:
+def _open_tier(config: TierConfig, observers: Observers, whole: Config) -> Tier:
     try:
         backend = component("backends", config.backend)(config.options)
     except Exception as error:  # a plugin's may be any
         raise ConfigError(f"{config.where}: {str(error) or repr(error)}") from error
-    tier = Tier(config, backend, observers)
+    tier = Tier(config, backend, observers, whole.chunk_size)
     try:
-        if strict:
+        if whole.strict:
             tier.ping()
     except Exception as error:  # whatever the store's client raises
         tier.close(0.0)

@@ -1,4 +1,4 @@
-"""Tier: a backend with its serde chain, deadline, breakers and write-behind queue.
+"""Tier: a backend with its pipeline, deadline, breakers and write-behind queue.
 
 Nothing here raises for what a store does. A silent store costs the tier's deadline, whoever waits;
 how long one may take that sends something says patience.py.
@@ -18,6 +18,7 @@ from lmcache_core.engine.breaker import Breaker
 from lmcache_core.engine.write_behind import WriteBehind
 from lmcache_core.errors import DeadlineExceeded, FrameError, StorageError
 from lmcache_core.frames import frame
+from lmcache_core.frames.limits import MAX_FRAME_BYTES
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.io.buffers import Buffers
 from lmcache_core.io.daemon_pool import DaemonPool
@@ -60,11 +61,14 @@ class Tier:
     goes on serving loads.
     """
 
-    def __init__(self, config: TierConfig, backend: StorageBackend, observers: Observers) -> None:
+    def __init__(
+        self, config: TierConfig, backend: StorageBackend, observers: Observers, chunk_size: int
+    ) -> None:
         self.name = config.name
         self.in_memory = backend.in_memory
         self._backend = backend
-        self._chain = Pipeline([serde.create() for serde in config.serde])
+        self._pipeline = Pipeline([serde.create() for serde in config.serde])
+        self._chunk_size = chunk_size
         self._deadline = config.deadline
         self._flow = Flow(config.deadline)
         self._observers = observers
@@ -215,7 +219,9 @@ class Tier:
 
     def _decode(self, parts: Buffers, key: ChunkKey) -> Chunk | Miss:
         try:
-            return frame.decode(parts, key, verify=not self.in_memory)
+            return frame.decode(
+                parts, key, self._pipeline, self._chunk_size, verify=not self.in_memory
+            )
         except FrameError as error:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             if error.reason != "unreadable":  # another version or serde of ours may read it
@@ -257,7 +263,7 @@ class Tier:
                 return self._writer.add(chunk, keys)
             if self._writes.is_open:
                 return "open"
-            frames = [(chunk.key, frame.encode(chunk, self._chain, seal=False))]
+            frames = [(chunk.key, frame.encode(chunk, self._pipeline, checksum=False))]
             stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
         except Exception as error:
             return self._failed(self._writes, "store", error)
@@ -316,7 +322,7 @@ class Tier:
         keys = [chunk.key for chunk in chunks]
         there = self._call(lambda: self._backend.contains(keys, self._deadline))
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
-        jobs = [self._encoders.submit(partial(frame.encode, c, self._chain)) for c in missing]
+        jobs = [self._encoders.submit(partial(frame.encode, c, self._pipeline)) for c in missing]
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         nbytes = sum(part.nbytes for _, parts in frames for part in parts)
         timeout = self._deadline + nbytes / SLOWEST
@@ -391,6 +397,6 @@ def _offer(box: queue.Queue[_Arrival], item: _Arrival, stop: threading.Event) ->
 
 
 def _allocate(nbytes: int) -> memoryview:
-    if nbytes > frame.MAX_FRAME_BYTES:
-        raise StorageError(f"a frame of {nbytes} bytes; none has more than {frame.MAX_FRAME_BYTES}")
+    if nbytes > MAX_FRAME_BYTES:
+        raise StorageError(f"a frame of {nbytes} bytes; none has more than {MAX_FRAME_BYTES}")
     return HOST.allocate(nbytes)

@@ -123,6 +123,16 @@ class KVLayout(BaseModel):
         """The tensors of a chunk of `tokens` tokens, in the order in which they are stored."""
         return _tensors(self.groups, tokens)
 
+    def split(self, name: str) -> tuple[LayerGroup, Literal["k", "v"]]:
+        """The group and the part that a tensor's name stands for. Raises LayoutError for a name
+        that no tensor of this layout has."""
+        for g, group in enumerate(self.groups):
+            if name == f"g{g}.k":
+                return group, "k"
+            if name == f"g{g}.v" and group.value_dim:
+                return group, "v"
+        raise LayoutError(f"no tensor of the layout: {name!r}")
+
     def check(self, tensors: Tensors, tokens: int) -> None:
         """Raise LayoutError unless `tensors` are exactly what a chunk of `tokens` tokens is."""
         specs = self.tensors(tokens)

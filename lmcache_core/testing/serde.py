@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
@@ -16,8 +15,9 @@ from lmcache_core.frames import frame
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.layout import DTYPES, KVLayout, Tensors
-from lmcache_core.serde import Serde
+from lmcache_core.serde import BytesToBytes, Serde
 from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
+from lmcache_core.testing.frames import forged, mutants, read_head, read_header
 
 _RELAXED = settings(
     deadline=None,
@@ -38,12 +38,11 @@ class SerdeConformance:
     checks_itself: ClassVar[bool] = False
     """Decoding refuses any changed payload, not only one of another length."""
 
+    forgeries: ClassVar[int] = 400
+    """Forged frames to try."""
+
     deterministic: ClassVar[bool] = True
     """The same chunk gives the same bytes."""
-
-    known_size: ClassVar[bool] = True
-    """Shapes and dtypes alone tell the size of finite numbers, before they are encoded. Where they
-    do not, it is known after: a frame says it."""
 
     @pytest.fixture
     def serde(self) -> Serde:
@@ -57,7 +56,7 @@ class SerdeConformance:
     def check(self, serde: Serde, chunk: Chunk) -> None:
         """A frame of this serde decodes to what it was made from."""
         data = encoded(serde, chunk)
-        again = frame.decode([memoryview(data)], chunk.key)
+        again = decoded(serde, data, chunk)
         chunk.namespace.layout.check(again.tensors, chunk.tokens)
         for name, original in chunk.tensors.items():
             self.assert_close(again.tensors[name], original)
@@ -98,9 +97,10 @@ class SerdeConformance:
                 tensor[:, :, ::2] *= magnitude
             chunk = _with(layout, {n: t.to(DTYPES[self.dtypes[0]]) for n, t in tensors.items()})
             sizes.add(len(encoded(serde, chunk)))
-        assert (len(sizes) == 1) == self.known_size
+        assert (len(sizes) == 1) == serde.known_size
 
     def test_encoding_leaves_its_input_alone(self, serde: Serde) -> None:
+        """Its own, where it says `keeps_input`; else it has copies."""
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
         before = {name: tensor.clone() for name, tensor in chunk.tensors.items()}
         encoded(serde, chunk)
@@ -113,7 +113,7 @@ class SerdeConformance:
         data = bytearray(encoded(serde, chunk))
         before = bytes(data)
         for _ in range(2):
-            frame.decode([memoryview(data)], chunk.key)
+            decoded(serde, data, chunk)
         assert bytes(data) == before
 
     @_RELAXED
@@ -121,10 +121,11 @@ class SerdeConformance:
     def test_a_payload_may_come_in_any_parts(self, serde: Serde, cuts: list[int]) -> None:
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 40)
         data = memoryview(encoded(serde, chunk))
-        start = frame._Head.read([data]).start
-        places = sorted({start + cut for cut in cuts if start + cut <= data.nbytes})
-        ends = zip([0, *places], [*places, data.nbytes], strict=True)
-        again = frame.decode([data[begin:end] for begin, end in ends], chunk.key)
+        start = read_head(data).payload
+        offsets = sorted({start + cut for cut in cuts if start + cut <= data.nbytes})
+        ends = zip([0, *offsets], [*offsets, data.nbytes], strict=True)
+        parts = [data[begin:end] for begin, end in ends]
+        again = frame.decode(parts, chunk.key, Pipeline([serde]), chunk.tokens)
         for name, original in chunk.tensors.items():
             self.assert_close(again.tensors[name], original)
 
@@ -139,48 +140,83 @@ class SerdeConformance:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda chunk: self.check(serde, chunk), chunks * 4))
 
-    def test_options_survive_in_the_frame(self, serde: Serde) -> None:
-        chain = Pipeline([serde])
-        again = Pipeline.from_spec(chain.spec)
-        assert again.spec == chain.spec
-        name, options = next(step for step in chain.spec if step[0] == serde.name)
-        assert type(serde).Options.model_validate(json.loads(options)) == serde.options
-        assert name == type(serde).name
+    def test_a_frame_says_how_it_is_read(self, serde: Serde) -> None:
+        """A tier with another pipeline reads it; where it is sealed, none without the key."""
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 40)
+        data = memoryview(encoded(serde, chunk))
+        if isinstance(serde, BytesToBytes) and serde.seals:
+            with pytest.raises(FrameError) as raised:
+                frame.decode([data], chunk.key, Pipeline([]), chunk.tokens)
+            assert raised.value.reason == "unreadable"
+            return
+        again = frame.decode([data], chunk.key, Pipeline([]), chunk.tokens)
+        for name, original in chunk.tensors.items():
+            self.assert_close(again.tensors[name], original)
+
+    def test_a_tier_that_seals_takes_nothing_else(self, serde: Serde) -> None:
+        if not (isinstance(serde, BytesToBytes) and serde.seals):
+            return
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 40)
+        plain = b"".join(frame.encode(chunk, Pipeline([])))
+        sealed = encoded(serde, chunk)
+        header = read_header(sealed)
+        shapes = [[name, dtype, [*shape[:2], 1, 1]] for name, dtype, shape in header["tensors"]]
+        for data in (
+            plain,
+            forged(sealed, header={**header, "tensors": shapes}),
+            forged(sealed, header={**header, "pipeline": header["pipeline"][:-1]}),
+            forged(sealed, index=1),
+        ):
+            _refuse(serde, data, chunk)
+
+    def test_a_frame_records_no_more_than_it_declares(self, serde: Serde) -> None:
+        data = encoded(serde, make_chunk(tiny_layout(self.dtypes[0]), 9))
+        options = dict(read_header(data)["pipeline"])[serde.name]
+        assert options.keys() <= serde.Recorded.model_fields.keys()
+
+    def test_forged_frames_are_refused_or_keep_the_shapes(self, serde: Serde) -> None:
+        """Whatever field of a frame a stranger chooses: a miss, or tensors of the layout."""
+        chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
+        for mutant in mutants(encoded(serde, chunk), self.forgeries):
+            try:
+                again = decoded(serde, mutant, chunk)
+            except FrameError:
+                continue
+            chunk.namespace.layout.check(again.tensors, again.tokens)
 
     def test_a_payload_of_another_length_is_refused(self, serde: Serde) -> None:
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
         data = bytearray(encoded(serde, chunk))
         for wrong in (data[:-1], data[: len(data) // 2], data + b"\0"):
-            _refuse(resealed(wrong), chunk)
+            start = read_head(bytes(data)).payload
+            _refuse(serde, forged(bytes(data), payload=bytes(wrong[start:])), chunk)
 
     def test_a_changed_payload_is_refused_or_keeps_its_shapes(self, serde: Serde) -> None:
         chunk = make_chunk(tiny_layout(self.dtypes[0]), 9)
         data = encoded(serde, chunk)
-        start = len(data) - frame._Head.read([memoryview(data)]).nbytes
-        for place in range(start, len(data), max(1, (len(data) - start) // 200)):
-            changed = bytearray(data)
-            changed[place] ^= 0x5A
+        start = read_head(data).payload
+        for offset in range(start, len(data), max(1, (len(data) - start) // 200)):
+            payload = bytearray(data[start:])
+            payload[offset - start] ^= 0x5A
+            changed = forged(data, payload=bytes(payload))
             if self.checks_itself:
-                _refuse(resealed(changed), chunk)
+                _refuse(serde, changed, chunk)
                 continue
             try:
-                again = frame.decode([memoryview(resealed(changed))], chunk.key)
+                again = decoded(serde, changed, chunk)
             except FrameError:
                 continue
             chunk.namespace.layout.check(again.tensors, chunk.tokens)
 
 
 def encoded(serde: Serde, chunk: Chunk) -> bytes:
-    """The frame of a chunk, by a chain of this one serde (completed with raw where needed)."""
+    """The frame of a chunk, by a pipeline of this one serde (completed with raw where needed)."""
     return b"".join(frame.encode(chunk, Pipeline([serde])))
 
 
-def resealed(data: bytes | bytearray) -> bytes:
-    """The same bytes as a frame whose length and checksum hold: only the payload may be wrong."""
-    head = frame._Head(*frame._PRELUDE.unpack_from(data))
-    prelude = frame._PRELUDE.pack(*head._replace(nbytes=len(data) - head.start))
-    rest = bytes(data[frame._HEADER :])
-    return prelude + frame._checksum(prelude, [memoryview(rest)]) + rest
+def decoded(serde: Serde, data: bytes | bytearray, chunk: Chunk) -> Chunk:
+    """What a tier of this one serde reads from the frame of a chunk."""
+    return frame.decode([memoryview(data)], chunk.key, Pipeline([serde]), chunk.tokens)
 
 
 def _with(layout: KVLayout, tensors: Tensors) -> Chunk:
@@ -188,6 +224,6 @@ def _with(layout: KVLayout, tensors: Tensors) -> Chunk:
     return Chunk(chunk.key, chunk.namespace, chunk.index, chunk.tokens, tensors)
 
 
-def _refuse(data: bytes, chunk: Chunk) -> None:
+def _refuse(serde: Serde, data: bytes, chunk: Chunk) -> None:
     with pytest.raises(FrameError):
-        frame.decode([memoryview(data)], chunk.key)
+        decoded(serde, data, chunk)

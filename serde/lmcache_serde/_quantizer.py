@@ -12,12 +12,21 @@ they are:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
 
-from lmcache_core import LayoutError
-from lmcache_core.serde import ChunkInfo, Options, Tensors, TensorsToTensors, pooled_empty
+from lmcache_core.serde import (
+    DTYPES,
+    ChunkInfo,
+    FrameOptions,
+    LayoutError,
+    Options,
+    Tensors,
+    TensorsToTensors,
+    pooled_empty,
+)
 
 LARGEST = 1e37
 """Larger numbers are kept as they are."""
@@ -66,10 +75,19 @@ class QuantizerOptions(Options):
     exact_layers: tuple[int, ...] = ()
 
 
+class QuantizerRecorded(FrameOptions):
+    """`exact_layers`, as in the config."""
+
+    exact_layers: tuple[int, ...] = Field(default=(), max_length=1024)
+
+
 class Quantizer(TensorsToTensors):
     """Base of the lossy serdes. Subclasses round tensors of finite, moderate numbers."""
 
     Options = QuantizerOptions
+    Recorded = QuantizerRecorded
+    known_size = True
+    keeps_input = True
 
     @abstractmethod
     def quantize(
@@ -83,6 +101,13 @@ class Quantizer(TensorsToTensors):
         """
 
     @abstractmethod
+    def encoded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, part: str
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What `quantize` makes of a tensor of this shape, for KV of this dtype: what a frame has
+        to hold, name by name."""
+
+    @abstractmethod
     def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
         """Fill `out`, [layers, kv_heads, tokens, dim], contiguous, from its codes and scales."""
 
@@ -90,34 +115,35 @@ class Quantizer(TensorsToTensors):
         """Each tensor "x" becomes "x.*"."""
         out: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
-            group = info.layout.groups[int(name[1 : name.index(".")])]
+            group, part = info.layout.split(name)
             if group.kind == "opaque":
                 raise LayoutError(f"{self.name} cannot round KV in an engine's own packing")
             exact, rounded = self._layers(group.layers, tensor.device)
             if exact.numel():
                 out[f"{name}.layers"] = tensor[exact]
             if rounded.numel() and tensor.numel():
-                out.update(self._encode(name, tensor, rounded, info.index))
+                made = self._encode(tensor, rounded, part, info.index)
+                out.update((f"{name}.{suffix}", each) for suffix, each in made.items())
         return out
 
     def _encode(
-        self, name: str, tensor: torch.Tensor, rounded: torch.Tensor, index: int
+        self, tensor: torch.Tensor, rounded: torch.Tensor, part: str, index: int
     ) -> dict[str, torch.Tensor]:
         out: dict[str, torch.Tensor] = {}
         slices = _slices(rounded)
         peaks = [magnitudes(_wide(_rows(tensor, rounded, rows))) for rows in slices]
         kept = self._kept_tokens(torch.cat(peaks), index)
         if kept.numel():
-            out[f"{name}.kept"] = tensor[:, :, kept][rounded]
-            out[f"{name}.at"] = kept.to(torch.int32)
+            out["kept"] = tensor[:, :, kept][rounded]
+            out["at"] = kept.to(torch.int32)
         done = []
         for rows, largest in zip(slices, peaks, strict=True):
             values = _wide(_rows(tensor, rounded, rows))
             if kept.numel():
                 values, largest = _without(values, kept), _without(largest, kept)
-            done.append(self.quantize(values, largest, name[-1]))
+            done.append(self.quantize(values, largest, part))
         for suffix in list(done[0]):
-            out[f"{name}.{suffix}"] = torch.cat([parts.pop(suffix) for parts in done])
+            out[suffix] = torch.cat([parts.pop(suffix) for parts in done])
         return out
 
     def _kept_tokens(self, peaks: torch.Tensor, index: int) -> torch.Tensor:
@@ -136,36 +162,61 @@ class Quantizer(TensorsToTensors):
         return numbers[exact].to(device), numbers[~exact].to(device)
 
     def decode(self, tensors: Tensors, info: ChunkInfo) -> Tensors:
-        """The layout's tensors."""
+        """The layout's tensors. Raises ValueError where shapes or dtypes are not as encoded."""
         out: dict[str, torch.Tensor] = {}
+        left = dict(tensors)
         for spec in info.layout.tensors(info.tokens):
-            group = info.layout.groups[int(spec.name[1 : spec.name.index(".")])]
+            group, part = info.layout.split(spec.name)
             exact, rounded = self._layers(group.layers, torch.device("cpu"))
-            whole = pooled_empty(spec.shape, getattr(torch, spec.dtype), torch.device("cpu"))
+            whole = pooled_empty(spec.shape, DTYPES[spec.dtype], torch.device("cpu"))
+            prefix = f"{spec.name}."
+            parts = {n.removeprefix(prefix): left.pop(n) for n in tensors if n.startswith(prefix)}
             if exact.numel():
-                whole[exact] = tensors[f"{spec.name}.layers"]
+                whole[exact] = _like(
+                    parts.pop("layers"), whole.dtype, (len(exact), *whole.shape[1:])
+                )
             if rounded.numel() and whole.numel():
-                self._decode(spec.name, tensors, rounded, whole)
+                self._decode(parts, rounded, part, whole)
+            elif parts:
+                raise ValueError(f"{spec.name} has {', '.join(parts)} beside its exact layers")
             out[spec.name] = whole
+        if left:
+            raise ValueError(f"there are no tensors {', '.join(left)}")
         return out
 
     def _decode(
-        self, name: str, tensors: Tensors, rounded: torch.Tensor, whole: torch.Tensor
+        self, parts: dict[str, torch.Tensor], rounded: torch.Tensor, part: str, whole: torch.Tensor
     ) -> None:
-        prefix = f"{name}."
-        parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        parts.pop("layers", None)
-        at = parts.pop("at", torch.empty(0)).long()
-        if any(len(part) != len(rounded) for part in parts.values()):
-            raise ValueError("codes of another number of layers")
+        at = parts.pop("at", torch.empty(0, dtype=torch.int32))
+        kept = parts.pop("kept", whole[: len(rounded), :, :0])
+        count = min(at.numel(), whole.shape[2])
+        _like(at, torch.int32, (count,))
+        _like(kept, whole.dtype, (len(rounded), whole.shape[1], count, whole.shape[3]))
+        expected = self.encoded((len(rounded), *whole.shape[1:]), whole.dtype, part)
+        if parts.keys() != expected.keys():
+            raise ValueError(f"has {', '.join(parts)}; expected {', '.join(expected)}")
+        for suffix, (dtype, shape) in expected.items():
+            _like(parts[suffix], dtype, shape)
         for rows in _slices(rounded):
             out = _rows(whole, rounded, rows)  # a copy where rows between are exact
-            mine = {n: part[rows] for n, part in parts.items()}
-            self.dequantize(mine, name[-1], out)
+            self.dequantize({n: each[rows] for n, each in parts.items()}, part, out)
             if at.numel():
-                out[:, :, at] = mine["kept"]
+                out[:, :, at.long()] = kept[rows]
             if len(rounded) < len(whole):
                 whole[rounded[rows]] = out
+
+
+def _like(tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+    """The tensor, which is a frame's. Raises ValueError unless it is exactly that: another shape
+    would be broadcast."""
+    if tensor.dtype != dtype or tensor.shape != torch.Size(shape):
+        raise ValueError(f"{tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}")
+    return tensor
+
+
+def scale_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scales are written in for KV of this dtype."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def _slices(rounded: torch.Tensor) -> list[slice]:

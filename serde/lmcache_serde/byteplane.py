@@ -9,7 +9,7 @@ for every token. So a tensor [..., tokens, channels] is written as
     codes           each exponent, less its channel's base, in four bits; two tokens that follow
                     each other share a byte
     noise           planes of bytes: sign and upper mantissa, then the rest of the mantissa
-    gaps, values    where an exponent has no code (distance from the last such place), and the
+    gaps, values    where an exponent has no code (distance from the last such one), and the
                     exponent
 
 first base and codes of all tensors, then all noise, so that a compressor stores whole blocks of it
@@ -26,16 +26,15 @@ arXiv:2411.05239); taking channel and neighbour into account is what goes beyond
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from lmcache_core.serde import (
+    DTYPES,
     Buffers,
-    Options,
     Tensors,
     TensorSpec,
     TensorsToBytes,
@@ -44,14 +43,6 @@ from lmcache_core.serde import (
     pooled_empty,
     split_at,
 )
-
-try:
-    # vLLM's CPU backend looks through all modules for kernels, and fails to start on llvmlite's.
-    if "vllm" in sys.modules:
-        raise ImportError("numba stays out of vLLM's processes")
-    from lmcache_serde import _loops
-except Exception:  # numba is not installed, or refuses this system
-    _loops = None  # type: ignore[assignment]
 
 SAMPLE = 32
 """Tokens that the typical exponent is the mean of."""
@@ -80,33 +71,22 @@ _Arrays = dict[str, _Array]
 """The same, as it is read: making a tensor of memory takes several times as long."""
 
 
-class BytePlaneOptions(Options):
-    """`packed`: codes of four bits, where exponents allow it."""
-
-    packed: bool = True
-
-
 class BytePlane(TensorsToBytes):
     """Of a bf16 tensor's bytes about 3/4 are left, and one byte for each channel of a head; never
     more than all, and those."""
 
     name = "byteplane"
-    Options = BytePlaneOptions
-    absent: ClassVar[Mapping[str, object]] = {"packed": False}
+    keeps_input = True
 
     def encode(self, tensors: Tensors) -> list[memoryview]:
-        pieces = [_split(tensor, pack=self.options.packed) for tensor in tensors.values()]
+        pieces = [_split(tensor) for tensor in tensors.values()]
         parts = [p[name] for names in _SECTIONS for p in pieces for name in names if name in p]
-        if not self.options.packed:
-            return byte_view(parts)
         counts = [p["gaps"].numel() if "gaps" in p else -1 for p in pieces]
         return [memoryview(np.array(counts, "<i4").tobytes()), *byte_view(parts)]
 
     def decode(self, parts: Buffers, specs: Sequence[TensorSpec]) -> Tensors:
-        counts = [-1] * len(specs)
-        if self.options.packed:
-            head, parts = split_at(parts, 4 * len(specs))
-            counts = np.frombuffer(head, "<i4").tolist()
+        head, parts = split_at(parts, 4 * len(specs))
+        counts = np.frombuffer(head, "<i4").tolist()
         shapes = [_shapes(*pair) for pair in zip(specs, counts, strict=True)]
         read: list[_Arrays] = [{} for _ in specs]
         for names in _SECTIONS:
@@ -123,7 +103,7 @@ def _take(parts: Buffers, dtype: str, shape: tuple[int, ...]) -> tuple[_Array, B
     """An array that `parts` begin with, and what follows."""
     piece, rest = split_at(parts, math.prod(shape) * np.dtype(dtype).itemsize)
     array: _Array = byte_array(piece)
-    if dtype != "uint8":  # they may lie at any place
+    if dtype != "uint8":  # they may lie at any offset
         array = array.copy().view(dtype)
     return array.reshape(shape), rest
 
@@ -144,6 +124,8 @@ def _shapes(spec: TensorSpec, count: int) -> dict[str, tuple[str, tuple[int, ...
     if not width:
         return {"codes": ("uint8", (spec.nbytes,))}
     rows, tokens, channels = _rows(spec.shape)
+    if count > rows * tokens * channels // RARE:
+        raise ValueError(f"{count} exponents without a code: more than are written so")
     coded = tokens if count < 0 else -(-tokens // 2)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
         "base": ("uint8", (rows, 1, channels)),
@@ -163,19 +145,17 @@ def _slices(values: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
-def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
+def _split(tensor: torch.Tensor, *, pack: bool = True) -> _Pieces:
     spec = TensorSpec.of("", tensor)
     if not _width(spec):
         return {"codes": tensor.reshape(-1).view(torch.uint8)}
     pack = pack and spec.dtype != "float16"
     shapes = _shapes(spec, 0 if pack else -1)
-    pieces = {n: pooled_empty(shape, getattr(torch, t), _CPU) for n, (t, shape) in shapes.items()}
+    pieces = {n: pooled_empty(shape, DTYPES[t], _CPU) for n, (t, shape) in shapes.items()}
     pieces["base"].zero_()
     values = tensor.view(_rows(spec.shape))
     room = values.numel() // RARE
-    if pack and _loops and spec.dtype == "bfloat16":
-        return _split_compiled(values, pieces, room) or _split(tensor, pack=False)
-    places, exponents = [], []
+    offsets, exponents = [], []
     slices = _slices(values)
     for rows, work in zip(slices, _work(values, slices), strict=True):
         _noise(values[rows], pieces["noise"][:, rows], work)
@@ -188,23 +168,13 @@ def _split(tensor: torch.Tensor, *, pack: bool) -> _Pieces:
         if room < 0:
             return _split(tensor, pack=False)
         exponents.append(work.exponents.numpy().reshape(-1)[where])
-        places.append(where + rows.start * values[0].numel())
+        offsets.append(where + rows.start * values[0].numel())
         _pack(pieces["codes"][rows], work.codes)
-    if places:
-        gaps = np.diff(np.concatenate(places), prepend=0).astype(np.int32)
+    if offsets:
+        gaps = np.diff(np.concatenate(offsets), prepend=0).astype(np.int32)
         pieces["gaps"] = torch.from_numpy(gaps)
         pieces["values"] = torch.from_numpy(np.concatenate(exponents))
     return pieces
-
-
-def _split_compiled(values: torch.Tensor, pieces: _Pieces, room: int) -> _Pieces | None:
-    """Fill the pieces of bfloat16; None where more than `room` exponents have no code."""
-    bits, base = values.view(torch.uint16).numpy(), pieces["base"].numpy()
-    _loops.base(bits, SAMPLE, BELOW, base)
-    gaps, rest = (pooled_empty((room,), dtype, _CPU) for dtype in (torch.int32, torch.uint8))
-    out = (pieces["codes"], pieces["noise"][0], gaps, rest)
-    count = _loops.split(bits, base, *(piece.numpy() for piece in out))
-    return None if count < 0 else pieces | {"gaps": gaps[:count], "values": rest[:count]}
 
 
 class _Work(NamedTuple):
@@ -273,28 +243,22 @@ def _base(out: torch.Tensor, exponents: torch.Tensor) -> None:
 
 
 def _escape(work: _Work) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Make codes of four bits; returns the places where they do not tell the exponent."""
+    """Make codes of four bits; returns the offsets where they do not tell the exponent."""
     codes = work.codes.clamp_(max=ESCAPE).numpy()
     eights = np.packbits(np.equal(codes, ESCAPE, out=work.mask.numpy()))
     some = np.flatnonzero(eights != 0)  # few, which shortens the search
-    which, place = np.nonzero(np.unpackbits(eights[some]).reshape(-1, 8))
-    return some[which] * 8 + place
+    which, bit = np.nonzero(np.unpackbits(eights[some]).reshape(-1, 8))
+    return some[which] * 8 + bit
 
 
 def _merge(spec: TensorSpec, arrays: _Arrays) -> torch.Tensor:
-    dtype = getattr(torch, spec.dtype)
+    dtype = DTYPES[spec.dtype]
     if "base" not in arrays:
         codes = arrays["codes"]
         aligned = codes if codes.ctypes.data % dtype.itemsize == 0 else codes.copy()
         return torch.from_numpy(aligned).view(dtype).view(spec.shape)
     out = pooled_empty(spec.shape, dtype, _CPU)
     values = out.view(_rows(spec.shape))
-    if _loops and spec.dtype == "bfloat16" and "gaps" in arrays:
-        codes, base, gaps, rest = (arrays[name] for name in ("codes", "base", "gaps", "values"))
-        bits = values.view(torch.uint16).numpy()
-        if not _loops.merge(codes, base, gaps, rest, arrays["noise"][0], bits):
-            raise ValueError("an exponent beyond the tensor's end")
-        return out
     _merge_slices(values, {name: torch.from_numpy(array) for name, array in arrays.items()})
     if "gaps" in arrays:
         _put_exponents(out, arrays["gaps"].cumsum(), arrays["values"])
@@ -327,13 +291,13 @@ def _widen(out: torch.Tensor, high: torch.Tensor, noise: torch.Tensor, low: torc
 
 
 def _put_exponents(
-    out: torch.Tensor, places: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any]
+    out: torch.Tensor, offsets: np.ndarray[Any, Any], exponents: np.ndarray[Any, Any]
 ) -> None:
     """Write those that have no code."""
     wide = out.dtype == torch.float32
     integer, shift = (torch.int32, 23) if wide else (torch.int16, 7)
     bits = out.view(integer).view(-1).numpy()
-    bits[places] = bits[places] & ~(0xFF << shift) | exponents.astype(bits.dtype) << shift
+    bits[offsets] = bits[offsets] & ~(0xFF << shift) | exponents.astype(bits.dtype) << shift
 
 
 def _pack(out: torch.Tensor, codes: torch.Tensor) -> None:

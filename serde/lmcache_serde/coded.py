@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from lmcache_core.serde import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
+from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, scale_dtype, write
 
 REACH = 119.0
 """Codes that the largest deviation may take: with the rounding of the scale none is above 127."""
@@ -42,9 +42,12 @@ class Coded(Quantizer):
         along, out = (-2 if part == "k" else -1), {}
         values = tensor.to(torch.float32, copy=True)
         if part == "k":
-            wide = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
             # Divided first, for the sum of large numbers is none.
-            out["mean"] = (values / values.shape[along]).sum(along, keepdim=True).to(wide)
+            out["mean"] = (
+                (values / values.shape[along])
+                .sum(along, keepdim=True)
+                .to(scale_dtype(tensor.dtype))
+            )
             values.sub_(out["mean"].float())
         scale = _coarse(self._steps(values, along))
         out["codes"] = values.div_(scale.float()).round_().clamp_(-127, 127).to(torch.int8)
@@ -56,8 +59,20 @@ class Coded(Quantizer):
         deviation = (values / largest).square_().mean(along, keepdim=True).sqrt_()  # no overflow
         return largest.mul_(deviation.mul_(self.options.step).clamp_min_(1 / REACH))
 
+    def encoded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, part: str
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        if part == "v":
+            return {"codes": (torch.int8, shape), "scale": (torch.bfloat16, (*shape[:-1], 1))}
+        channels = (*shape[:2], 1, shape[3])
+        return {
+            "mean": (scale_dtype(dtype), channels),
+            "codes": (torch.int8, shape),
+            "scale": (torch.bfloat16, channels),
+        }
+
     def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
-        codes, scale = parts["codes"].view(out.shape), parts["scale"]
+        codes, scale = parts["codes"], parts["scale"]
         if out.dtype == torch.bfloat16:
             torch.mul(codes, scale, out=out)
             if part == "k":

@@ -2,24 +2,29 @@
 
     payload = nonce (12 bytes) + ciphertext + tag (16 bytes)
 
-The frame's key, place, header and with it the namespace are associated data, so a payload that is
-moved to another key, or whose header was changed, does not decrypt. The key of a namespace is
-derived from the configured one (HKDF-SHA256), so no tenant's data opens with another's.
+The frame's key, tokens, index and header, with it pipeline, shapes and namespace, are associated
+data, so a payload that is moved to another key, or whose header was changed, does not open. The key
+of a namespace is derived from the configured one (HKDF-SHA256), so no tenant's data opens with
+another's.
 
     serde: [zstd, {encrypt: {key_file: /etc/lmcache/key}}]     # or key_env: NAME_OF_A_VARIABLE
+    serde: [zstd, {encrypt: {keys: [{key_file: new}, {key_file: old}]}}]
 
-The key is 32 bytes, as raw bytes or as 64 hex digits. It is in no frame, log or error; frames name
-it by a fingerprint, and one whose key is not configured here is unreadable, not damaged.
+A key is 32 bytes, as raw bytes or as 64 hex digits. With several the first seals and all open:
+rotation. Keys are in no frame, log or error; frames name theirs by a fingerprint, and one whose key
+is not configured here is unreadable, not damaged. A tier that seals takes nothing that is not
+sealed.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -29,33 +34,54 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import Field, model_validator
 
-from lmcache_core.serde import Buffers, BytesToBytes, ConfigError, Options, concat, split_at
+from lmcache_core.serde import (
+    Buffers,
+    BytesToBytes,
+    ConfigError,
+    FrameError,
+    FrameOptions,
+    Options,
+    concat,
+    split_at,
+)
 
 _NONCE = 12
 _BLOCK = 16
 _NAMESPACE = 16
 """Bytes of the context that name the namespace: the chunk key begins with its digest."""
+_KEY_FILE_BYTES = 1024
 
 
-_KEYS: dict[str, bytes] = {}
-"""Keys that this process was configured with, by fingerprint: what frames are decrypted with."""
+class KeySource(Options):
+    """`key_file`: a path. Or `key_env`: the name of an environment variable."""
+
+    key_file: Path | None = Field(default=None, repr=False)
+    key_env: str | None = Field(default=None, repr=False)
 
 
-class EncryptOptions(Options):
-    """`key_file`: a path. Or `key_env`: the name of an environment variable.
+class EncryptOptions(KeySource):
+    """`key_file` or `key_env` for one key, or `keys`: a list of these, the newest first."""
 
-    `key_id` is what frames record instead: the fingerprint of the key.
-    """
+    keys: tuple[KeySource, ...] = Field(default=(), max_length=64)
 
-    key_file: Path | None = Field(default=None, exclude=True)
-    key_env: str | None = Field(default=None, exclude=True)
-    key_id: str | None = None
+    @property
+    def sources(self) -> tuple[KeySource, ...]:
+        """Where the keys are, the one to seal with first."""
+        return self.keys or (self,)
 
     @model_validator(mode="after")
-    def _one_source(self) -> EncryptOptions:
-        if sum(value is not None for value in (self.key_file, self.key_env, self.key_id)) != 1:
-            raise ValueError("expected either key_file or key_env")
+    def _one_source_each(self) -> EncryptOptions:
+        named = [(each.key_file is None) != (each.key_env is None) for each in self.sources]
+        both = self.keys and (self.key_file, self.key_env) != (None, None)
+        if both or not all(named):
+            raise ValueError("expected either key_file or key_env, or as keys a list of these")
         return self
+
+
+class KeyId(FrameOptions):
+    """`key_id`: the fingerprint of the key, which tells nothing of it."""
+
+    key_id: int = Field(ge=0, lt=1 << 64)
 
 
 class Encrypt(BytesToBytes):
@@ -63,18 +89,32 @@ class Encrypt(BytesToBytes):
 
     name = "encrypt"
     Options = EncryptOptions
+    Recorded = KeyId
+    known_size = True
+    seals = True
 
-    def __init__(self, options: Any) -> None:
-        """Read the key. Raises ConfigError where there is none of 32 bytes."""
-        master = _known_key(options.key_id) if options.key_id else _read_key(options)
-        key_id = hashlib.blake2b(master, digest_size=8, person=b"lmcache-key-id").hexdigest()
-        _KEYS[key_id] = master
-        super().__init__(EncryptOptions(key_id=key_id))
-        self._master = master
+    def __init__(self, options: EncryptOptions) -> None:
+        """Read the keys. Raises ConfigError where one is not 32 bytes."""
+        super().__init__(options)
+        self._keys = {_fingerprint(key): key for key in map(_read_key, options.sources)}
+        self._key_id = next(iter(self._keys))
+
+    def frame_options(self) -> KeyId:
+        """The fingerprint of the key that this one uses."""
+        return KeyId(key_id=self._key_id)
+
+    def for_frame(self, recorded: FrameOptions) -> Self:
+        """The same keys, of which the frame's is used."""
+        key_id = int(recorded.key_id)  # type: ignore[attr-defined]
+        if key_id not in self._keys:
+            raise FrameError(f"the key {key_id:016x} is not configured here", "unreadable")
+        other = copy.copy(self)
+        other._key_id = key_id
+        return other
 
     def encode(self, parts: Buffers, context: bytes) -> list[memoryview]:
         nonce = os.urandom(_NONCE)
-        key = _derived(self._master, context[:_NAMESPACE])
+        key = _derived(self._keys[self._key_id], context[:_NAMESPACE])
         cipher = Cipher(AES(key), GCM(nonce)).encryptor()
         cipher.authenticate_additional_data(context)
         size = sum(part.nbytes for part in parts)
@@ -91,7 +131,7 @@ class Encrypt(BytesToBytes):
         allocate: Callable[[int], memoryview],
         limit: int,
     ) -> list[memoryview]:
-        key = _derived(self._master, context[:_NAMESPACE])
+        key = _derived(self._keys[self._key_id], context[:_NAMESPACE])
         nonce, sealed = split_at(parts, _NONCE)
         plain = AESGCM(key).decrypt(bytes(nonce), concat(sealed), context)
         return [memoryview(plain)]
@@ -104,24 +144,20 @@ def _derived(master: bytes, namespace: bytes) -> bytes:
     return derive.derive(master)
 
 
-def _known_key(key_id: str) -> bytes:
-    if key_id not in _KEYS:
-        raise ConfigError(f"encrypt: the key {key_id} is not configured here")
-    return _KEYS[key_id]
+def _fingerprint(key: bytes) -> int:
+    digest = hashlib.blake2b(key, digest_size=8, person=b"lmcache-key-id").digest()
+    return int.from_bytes(digest, "big")
 
 
-def _read_key(options: EncryptOptions) -> bytes:
-    if options.key_env is not None:
-        source = f"the variable {options.key_env}"
-        data = os.environb.get(os.fsencode(options.key_env))
+def _read_key(source: KeySource) -> bytes:
+    if source.key_env is not None:
+        where = f"the variable {source.key_env}"
+        data = os.environb.get(os.fsencode(source.key_env))
+        if data is None:
+            raise ConfigError(f"encrypt: {where} is not set")
     else:
-        source = str(options.key_file)
-        try:
-            data = Path(source).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"encrypt: {source} cannot be read: {error.strerror}") from None
-    if data is None:
-        raise ConfigError(f"encrypt: {source} is not set")
+        where = str(source.key_file)
+        data = _read_file(where)
     if len(data) == 32:
         return data
     try:
@@ -129,5 +165,14 @@ def _read_key(options: EncryptOptions) -> bytes:
     except (ValueError, UnicodeDecodeError):
         key = b""
     if len(key) != 32:
-        raise ConfigError(f"encrypt: {source} must hold 32 bytes, raw or as 64 hex digits")
+        raise ConfigError(f"encrypt: {where} must hold 32 bytes, raw or as 64 hex digits")
     return key
+
+
+def _read_file(path: str) -> bytes:
+    """A key file's bytes; no more of a larger one than shows that it is none."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(_KEY_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"encrypt: {path} cannot be read: {error.strerror}") from None

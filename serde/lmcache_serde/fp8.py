@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lmcache_core.serde import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, write
+from lmcache_serde._quantizer import SMALLEST, Quantizer, scale_dtype, write
 
 LARGEST_E4M3 = 448.0
 
@@ -22,14 +22,21 @@ class Fp8(Quantizer):
     def quantize(
         self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
     ) -> dict[str, torch.Tensor]:
-        scale_dtype = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
-        scale = (peaks.float() / LARGEST_E4M3).clamp_min_(SMALLEST).to(scale_dtype)
+        scale = (peaks.float() / LARGEST_E4M3).clamp_min_(SMALLEST).to(scale_dtype(tensor.dtype))
         scaled = tensor.to(torch.float32, copy=True).div_(scale.float())
         codes = scaled.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
         return {"codes": codes, "scale": scale}
 
+    def encoded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, part: str
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {
+            "codes": (torch.float8_e4m3fn, shape),
+            "scale": (scale_dtype(dtype), (*shape[:-1], 1)),
+        }
+
     def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
-        codes, scale = parts["codes"].view(out.shape), parts["scale"].view(*out.shape[:-1], 1)
+        codes, scale = parts["codes"], parts["scale"]
         if out.dtype == torch.bfloat16:
             _to_bfloat16(codes, out).mul_(scale)
         else:

@@ -16,7 +16,14 @@ import torch
 from pydantic import Field
 
 from lmcache_core.serde import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, QuantizerOptions, write
+from lmcache_serde._quantizer import (
+    SMALLEST,
+    Quantizer,
+    QuantizerOptions,
+    QuantizerRecorded,
+    scale_dtype,
+    write,
+)
 
 LEVELS = 15
 
@@ -27,16 +34,23 @@ class Int4Options(QuantizerOptions):
     group: int = Field(default=32, ge=2)
 
 
+class Int4Recorded(QuantizerRecorded):
+    """`group`, as in the config."""
+
+    group: int = Field(default=32, ge=2)
+
+
 class Int4(Quantizer):
     """An error is at most one half of a 15th of the group's range, and rounding to 16 bits."""
 
     name = "int4"
     Options = Int4Options
+    Recorded = Int4Recorded
 
     def quantize(
         self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
     ) -> dict[str, torch.Tensor]:
-        wide = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
+        wide = scale_dtype(tensor.dtype)
         grouped = self._grouped(tensor.to(torch.float32, copy=True), part)
         along = -2 if part == "k" else -1
         low = grouped.amin(dim=along, keepdim=True).to(wide)
@@ -44,6 +58,22 @@ class Int4(Quantizer):
         scale = ((high - low.float()) / LEVELS).clamp_min_(SMALLEST).to(wide)
         codes = grouped.sub_(low.float()).div_(scale.float()).round_().clamp_(0, LEVELS)
         return {"codes": _pack(codes.to(torch.uint8)), "low": low, "scale": scale}
+
+    def encoded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, part: str
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        layers, heads, tokens, dim = shape
+        group, wide = self._group(shape, part), scale_dtype(dtype)
+        if part == "k":
+            groups: tuple[int, ...] = (layers, heads, -(-tokens // group), 1, dim)
+        else:
+            groups = (layers, heads, tokens, -(-dim // group), 1)
+        half = (math.prod(groups[1:]) * group + 1) // 2
+        return {
+            "codes": (torch.uint8, (layers, half)),
+            "low": (wide, groups),
+            "scale": (wide, groups),
+        }
 
     def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
         low, scale = parts["low"], parts["scale"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from lmcache_core.serde import Tensors
-from lmcache_serde._quantizer import SMALLEST, Quantizer, write
+from lmcache_serde._quantizer import SMALLEST, Quantizer, scale_dtype, write
 
 
 class Int8(Quantizer):
@@ -20,14 +20,18 @@ class Int8(Quantizer):
     def quantize(
         self, tensor: torch.Tensor, peaks: torch.Tensor, part: str
     ) -> dict[str, torch.Tensor]:
-        scale_dtype = torch.float32 if tensor.dtype == torch.float32 else torch.bfloat16
-        scale = (peaks.float() / 127).clamp_min_(SMALLEST).to(scale_dtype)
+        scale = (peaks.float() / 127).clamp_min_(SMALLEST).to(scale_dtype(tensor.dtype))
         codes = tensor.to(torch.float32, copy=True).mul_(scale.float().reciprocal())
         codes = codes.round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes, "scale": scale}
 
+    def encoded(
+        self, shape: tuple[int, ...], dtype: torch.dtype, part: str
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {"codes": (torch.int8, shape), "scale": (scale_dtype(dtype), (*shape[:-1], 1))}
+
     def dequantize(self, parts: Tensors, part: str, out: torch.Tensor) -> None:
-        codes, scale = parts["codes"].view(out.shape), parts["scale"].view(*out.shape[:-1], 1)
+        codes, scale = parts["codes"], parts["scale"]
         if out.dtype == torch.bfloat16:
             torch.mul(codes, scale, out=out)
         else:

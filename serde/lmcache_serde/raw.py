@@ -11,6 +11,8 @@ class Raw(TensorsToBytes):
     """The tensors' own memory. Tensors that already lie behind each other become one buffer."""
 
     name = "raw"
+    known_size = True
+    keeps_input = True
 
     def encode(self, tensors: Tensors) -> list[memoryview]:
         return byte_view(tensors.values())

@@ -40,6 +40,8 @@ class Safetensors(TensorsToBytes):
     """The tensors under their names, with no copy beyond the header."""
 
     name = "safetensors"
+    known_size = True
+    keeps_input = True
 
     def encode(self, tensors: Tensors) -> list[memoryview]:
         specs = tuple(TensorSpec.of(name, tensor) for name, tensor in tensors.items())

@@ -14,19 +14,18 @@ import torch
 from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component
 from lmcache_core.frames import frame as frames
 from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.kv.layout import DTYPES
 from lmcache_core.kv.namespace import FRAME_VERSION
 
 FOLDER = Path(__file__).parent / "golden"
 os.environ["GOLDEN_KEY"] = "a5" * 32
-CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
+PIPELINES: dict[str, list[tuple[str, dict[str, object]]]] = {
     "raw": [("raw", {})],
     "safetensors": [("safetensors", {})],
     "zstd": [("raw", {}), ("zstd", {})],
     "safetensors-zstd": [("safetensors", {}), ("zstd", {})],
-    "byteplane": [("byteplane", {"packed": False})],
-    "byteplane-zstd": [("byteplane", {"packed": False}), ("zstd", {})],
-    "byteplane-packed": [("byteplane", {})],
-    "byteplane-packed-zstd": [("byteplane", {}), ("zstd", {})],
+    "byteplane": [("byteplane", {})],
+    "byteplane-zstd": [("byteplane", {}), ("zstd", {})],
     "int8": [("int8", {"exact_tokens": 2})],
     "fp8": [("fp8", {"exact_layers": (1,)})],
     "int4": [("int4", {"group": 2}), ("safetensors", {})],
@@ -34,7 +33,7 @@ CHAINS: dict[str, list[tuple[str, dict[str, object]]]] = {
     "encrypt": [("zstd", {}), ("encrypt", {"key_env": "GOLDEN_KEY"})],
 }
 LOSSY = {"int8": 0.05, "fp8": 0.25, "int4": 0.25, "coded": 0.25}
-"""How far off the numbers of a chain may be; 0 for the others."""
+"""How far off the numbers of a pipeline may be; 0 for the others."""
 TOKENS = 5
 
 
@@ -61,28 +60,28 @@ def chunk() -> Chunk:
     for number, spec in enumerate(namespace.layout.tensors(TOKENS)):
         count = torch.Size(spec.shape).numel()
         values = (torch.arange(count) * 37 % 101 - 50) / (number + 8)
-        tensors[spec.name] = values.view(spec.shape).to(getattr(torch, spec.dtype))
+        tensors[spec.name] = values.view(spec.shape).to(DTYPES[spec.dtype])
     key = namespace.keys(range(TOKENS * 3), TOKENS)[2]
     return Chunk(key, namespace, 2, TOKENS, tensors)
 
 
-def chain(serdes: list[tuple[str, dict[str, object]]]) -> Pipeline:
+def pipeline(serdes: list[tuple[str, dict[str, object]]]) -> Pipeline:
     classes = [(component("serdes", name), options) for name, options in serdes]
     return Pipeline([cls(cls.Options(**options)) for cls, options in classes])
 
 
 def path(name: str, version: int = FRAME_VERSION) -> Path:
-    """Where the frame of a chain lies."""
+    """Where the frame of a pipeline lies."""
     return FOLDER / f"{name}.v{version}.frame"
 
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for name, serdes in CHAINS.items():
+    for name, serdes in PIPELINES.items():
         if path(name).exists():
             print(f"{path(name).name} is there and stays")
             continue
-        path(name).write_bytes(b"".join(frames.encode(chunk(), chain(serdes))))
+        path(name).write_bytes(b"".join(frames.encode(chunk(), pipeline(serdes))))
         print(f"{path(name).name} written")
 
 

@@ -1,70 +1,33 @@
-"""byteplane: the conformance suite, any bits, and its two ways to the same bytes."""
+"""byteplane: the conformance suite, and any bits."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_core import Serde, TensorSpec
+from lmcache_core.serde import DTYPES, Serde, TensorSpec
 from lmcache_core.testing import SerdeConformance, random_tensors, tiny_layout
 from lmcache_serde import byteplane
 from lmcache_serde.byteplane import BytePlane
 from lmcache_serde.raw import Raw
 from lmcache_serde.zstd import Zstd
 
-WAYS = ["compiled", "tensors"]
-
-
-@contextmanager
-def going(way: str) -> Iterator[None]:
-    """With numba, or as where it is not installed."""
-    assert byteplane._loops, "the tests run with numba"
-    with pytest.MonkeyPatch.context() as patch:
-        if way == "tensors":
-            patch.setattr(byteplane, "_loops", None)
-        yield
-
 
 def comes_back(tensor: torch.Tensor) -> memoryview:
-    """Both ways write the same bytes, and each reads them; returns those."""
-    spec, serde, payloads = TensorSpec.of("x", tensor), BytePlane(BytePlane.Options()), []
-    for way in WAYS:
-        with going(way):
-            payloads.append(bytearray().join(serde.encode({"x": tensor})))
-            again = serde.decode([memoryview(payloads[0])], [spec])["x"]
-        assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
-    assert payloads[0] == payloads[1]
-    return memoryview(payloads[0])
-
-
-def test_numba_stays_out_of_vllms_processes() -> None:
-    """Its CPU backend does not start where llvmlite is imported."""
-    code = "import sys; sys.modules['vllm'] = sys; import lmcache_serde.byteplane as b"
-    code += "; print(b._loops, [m for m in sys.modules if m.startswith(('numba', 'llvmlite'))])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert out.stdout == "None []\n"
+    """Bit for bit; returns the payload."""
+    spec, serde = TensorSpec.of("x", tensor), BytePlane(BytePlane.Options())
+    payload = memoryview(bytearray().join(serde.encode({"x": tensor})))
+    again = serde.decode([payload], [spec])["x"]
+    assert torch.equal(again.view(torch.uint8), tensor.view(torch.uint8))
+    return payload
 
 
 class TestBytePlane(SerdeConformance):
-    known_size = False
-
-    @pytest.fixture(params=WAYS)
-    def serde(self, request: pytest.FixtureRequest) -> Iterator[Serde]:
-        with going(request.param):
-            yield BytePlane(BytePlane.Options())
-
-
-class TestUnpackedBytePlane(SerdeConformance):
     @pytest.fixture
     def serde(self) -> Serde:
-        return BytePlane(BytePlane.Options(packed=False))
+        return BytePlane(BytePlane.Options())
 
 
 @given(st.data())
@@ -74,7 +37,7 @@ def test_byteplane_brings_back_any_bits(data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=2, max_size=4)))
     spec = TensorSpec("x", dtype, shape)
     raw = data.draw(st.binary(min_size=spec.nbytes, max_size=spec.nbytes))
-    tensor = torch.frombuffer(bytearray(raw), dtype=getattr(torch, dtype)).view(shape)
+    tensor = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).view(shape)
     comes_back(tensor)
 
 
@@ -91,7 +54,7 @@ def test_byteplane_keeps_exponents_that_have_no_code(
     flat = values.view(-1)
     places = torch.arange(wild) * 7919 % flat.numel()
     flat[places] = torch.exp2(torch.linspace(-126, 120, max(wild, 1))[:wild])
-    tensor = values.to(getattr(torch, dtype))
+    tensor = values.to(DTYPES[dtype])
     payload = comes_back(tensor)
     packed = dtype != "float16" and wild < 100
     count = int.from_bytes(payload[:4], "little", signed=True)
@@ -111,15 +74,14 @@ def test_what_is_not_split_is_aligned_wherever_it_lies() -> None:
 
 
 @pytest.mark.parametrize("gap", [-(1 << 31), 5 * 9 * 9, (1 << 31) - 1])
-@pytest.mark.parametrize("way", WAYS)
-def test_byteplane_writes_no_exponent_outside_of_its_tensor(way: str, gap: int) -> None:
+def test_byteplane_writes_no_exponent_outside_of_its_tensor(gap: int) -> None:
     tensor = torch.ones(5, 9, 9, dtype=torch.bfloat16)
     tensor[1, 2, 3] = 1e30
     payload = comes_back(tensor)
     count = int.from_bytes(payload[:4], "little", signed=True)
     assert count > 0
     payload[-5 * count :][:4] = gap.to_bytes(4, "little", signed=True)
-    with going(way), pytest.raises((ValueError, IndexError)):
+    with pytest.raises((ValueError, IndexError)):
         BytePlane(BytePlane.Options()).decode([payload], [TensorSpec.of("x", tensor)])
 
 
@@ -133,5 +95,5 @@ def test_byteplane_makes_what_zstd_can_compress() -> None:
     zstd, planes = Zstd(Zstd.Options()), BytePlane(BytePlane.Options())
     size = layout.bytes_per_token * 512
     alone = sum(p.nbytes for p in zstd.encode(Raw(Raw.Options()).encode(tensors), b""))
-    chained = sum(p.nbytes for p in zstd.encode(planes.encode(tensors), b""))
-    assert size / chained > 1.4 > size / alone
+    both = sum(p.nbytes for p in zstd.encode(planes.encode(tensors), b""))
+    assert size / both > 1.4 > size / alone

@@ -27,14 +27,12 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestZlib(SerdeConformance):
-    known_size = False
-
     @pytest.fixture
     def serde(self) -> Serde:
         return Zlib(Zlib.Options())
 
 
-def test_it_stands_in_a_chain() -> None:
+def test_it_stands_in_a_pipeline() -> None:
     tier = {"backend": "local_cpu", "capacity": 9, "serde": ["byteplane", {"zlib": {"level": 9}}]}
     (config,) = load_config({"tiers": [tier]}).tiers
     assert [serde.name for serde in config.serde] == ["byteplane", "zlib"]

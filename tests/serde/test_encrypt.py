@@ -10,13 +10,19 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import lmcache_core
-from lmcache_core import Chunk, ConfigError, FrameError, Namespace, Serde, tenant_digest
-from lmcache_core.frames import frame as frames
-from lmcache_core.frames import pipeline as chains
+from lmcache_core import (
+    Chunk,
+    ConfigError,
+    FrameError,
+    Namespace,
+    Serde,
+    component,
+    tenant_digest,
+)
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.testing import SerdeConformance, make_chunk, tiny_layout
-from lmcache_core.testing.serde import resealed
+from lmcache_core.testing.frames import forged
 from lmcache_serde import encrypt
 from lmcache_serde.encrypt import Encrypt
 
@@ -51,38 +57,54 @@ def test_a_key_comes_from_a_file_too_raw_or_as_hex(tmp_path: Path) -> None:
     (tmp_path / "raw").write_bytes(bytes.fromhex(KEY))
     (tmp_path / "hex").write_text(KEY + "\n")
     data = frame_of(chunk, key_file=tmp_path / "raw")
-    assert made(key_file=tmp_path / "hex").options == made(key_env="KV_KEY").options
-    assert decode([memoryview(data)], chunk.key).tokens == 9
+    for options in ({"key_file": tmp_path / "hex"}, {"key_env": "KV_KEY"}):
+        assert decode([memoryview(data)], chunk.key, Pipeline([made(**options)]), 9).tokens == 9
 
 
-def test_a_frame_whose_key_is_not_configured_is_unreadable_not_damaged(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_frame_whose_key_is_not_configured_is_unreadable_not_damaged() -> None:
     """So that a node with another key does not delete it."""
     chunk = make_chunk(tiny_layout(), 9)
-    monkeypatch.setenv("RARE_KEY", "77" * 32)
-    data = frame_of(chunk, key_env="RARE_KEY")
-    monkeypatch.setattr(encrypt, "_KEYS", {})
-    chains._from_spec.cache_clear()
-    frames._parse.cache_clear()
-    with pytest.raises(FrameError) as raised:
-        decode([memoryview(data)], chunk.key)
-    assert raised.value.reason == "unreadable"
+    data = frame_of(chunk, key_env="OTHER_KEY")
+    for pipeline in (Pipeline([made(key_env="KV_KEY")]), Pipeline([])):
+        with pytest.raises(FrameError) as raised:
+            decode([memoryview(data)], chunk.key, pipeline, 9)
+        assert raised.value.reason == "unreadable"
 
 
-def test_a_payload_under_another_chunk_key_or_place_does_not_open() -> None:
+def test_keys_rotate() -> None:
+    """The first of several seals, all of them open."""
+    chunk = make_chunk(tiny_layout(), 9)
+    new, old = {"key_env": "OTHER_KEY"}, {"key_env": "KV_KEY"}
+    before, after = frame_of(chunk, **old), frame_of(chunk, keys=[new, old])
+    reads = {
+        name: [_opens(data, chunk, **options) for data in (before, after)]
+        for name, options in {"both": {"keys": [new, old]}, "new": new, "old": old}.items()
+    }
+    assert reads == {"both": [True, True], "new": [False, True], "old": [True, False]}
+
+
+def _opens(data: bytes, chunk: Chunk, **options: Any) -> bool:
+    try:
+        decode([memoryview(data)], chunk.key, Pipeline([made(**options)]), 9)
+    except FrameError as error:
+        assert error.reason == "unreadable"
+        return False
+    return True
+
+
+def test_a_seal_is_the_last_step() -> None:
+    zstd = component("serdes", "zstd")
+    with pytest.raises(ConfigError, match="a step that seals is the last"):
+        Pipeline([made(key_env="KV_KEY"), zstd(zstd.Options())])
+
+
+def test_a_payload_under_another_chunk_key_or_index_does_not_open() -> None:
     layout = tiny_layout()
     one, two = make_chunk(layout, 9, index=0), make_chunk(layout, 9, index=1)
-    data = bytearray(frame_of(one, key_env="KV_KEY"))
-    for start, end, value in ((32, 64, two.key), (16, 20, b"\x01\0\0\0")):
-        moved = bytearray(data)
-        moved[start:end] = value
+    data = frame_of(one, key_env="KV_KEY")
+    for key, moved in ((two.key, forged(data, key=two.key)), (one.key, forged(data, index=1))):
         with pytest.raises(FrameError, match="does not decode"):
-            decode([memoryview(resealed(moved))], bytes_key(moved))
-
-
-def bytes_key(data: bytearray) -> lmcache_core.ChunkKey:
-    return lmcache_core.ChunkKey(bytes(data[32:64]))
+            decode([memoryview(moved)], key, Pipeline([made(key_env="KV_KEY")]), 9)
 
 
 def test_no_tenants_data_opens_with_anothers_derived_key() -> None:
@@ -106,7 +128,7 @@ def test_the_key_is_nowhere_to_be_seen() -> None:
     chunk = make_chunk(tiny_layout(), 9)
     serde = made(key_env="KV_KEY")
     data = frame_of(chunk, key_env="KV_KEY")
-    for shown in (repr(serde.options), repr(serde), repr(Pipeline([serde]).spec)):
+    for shown in (repr(serde.options), repr(serde), repr(Pipeline([serde]).steps)):
         assert KEY not in shown
         assert "KV_KEY" not in shown
     assert bytes.fromhex(KEY) not in data
@@ -122,6 +144,10 @@ def test_equal_chunks_do_not_look_equal() -> None:
     ("options", "says"),
     [
         ({}, "expected either key_file or key_env"),
+        ({"keys": []}, "expected either key_file or key_env"),
+        ({"keys": [{}]}, "expected either key_file or key_env"),
+        ({"keys": [{"key_env": "KV_KEY"}], "key_env": "KV_KEY"}, "expected either key_file"),
+        ({"keys": [{"key_env": "KV_KEY"}, {"key_env": "SHORT"}]}, "SHORT must hold 32 bytes"),
         ({"key_env": "KV_KEY", "key_file": "x"}, "expected either key_file or key_env"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "the variable NO_SUCH_VARIABLE is not set"),
         ({"key_file": "/no/such/file"}, "/no/such/file cannot be read: No such file"),
@@ -129,7 +155,7 @@ def test_equal_chunks_do_not_look_equal() -> None:
     ],
 )
 def test_a_missing_or_wrong_key_is_a_config_error(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], says: str
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], says: str
 ) -> None:
     monkeypatch.setenv("SHORT", "abc")
     tier = {"backend": "local_cpu", "capacity": 9, "serde": [{"encrypt": options}]}

@@ -14,9 +14,10 @@ FILES = sorted(make_golden.FOLDER.glob("*.frame"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_golden_frame_decodes(file) -> None:
     name = file.name.split(".")[0]
-    make_golden.chain(make_golden.CHAINS[name])  # a process that was configured with the key
+    pipeline = make_golden.pipeline(make_golden.PIPELINES[name])
     expected = make_golden.chunk()
-    got = frames.decode([memoryview(file.read_bytes())], expected.key)
+    data = memoryview(file.read_bytes())
+    got = frames.decode([data], expected.key, pipeline, make_golden.TOKENS)
     assert (got.namespace, got.index, got.tokens) == (expected.namespace, 2, 5)
     assert set(got.tensors) == set(expected.tensors)
     for part, tensor in expected.tensors.items():

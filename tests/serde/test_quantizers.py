@@ -126,8 +126,8 @@ def test_the_first_tokens_of_a_sequence_are_exact(name: str) -> None:
     layout = tiny_layout()
     for index, exact in ((0, 4), (1, 0)):
         chunk = make_chunk(layout, 40, index=index)
-        chain = Pipeline([made(name)])
-        got = decode(encode(chunk, chain), chunk.key)
+        pipeline = Pipeline([made(name)])
+        got = decode(encode(chunk, pipeline), chunk.key, pipeline, chunk.tokens)
         for tensor, original in zip(got.tensors.values(), chunk.tensors.values(), strict=True):
             same = (tensor == original).all(dim=3).all(dim=0).all(dim=0)
             assert bool(same[:exact].all())
@@ -142,8 +142,8 @@ def test_chosen_layers_are_exact(name: str) -> None:
     )
     layout = KVLayout(groups=groups)
     chunk = make_chunk(layout, 20, index=1)
-    chain = Pipeline([made(name, exact_layers=(1, 2))])
-    got = decode(encode(chunk, chain), chunk.key)
+    pipeline = Pipeline([made(name, exact_layers=(1, 2))])
+    got = decode(encode(chunk, pipeline), chunk.key, pipeline, chunk.tokens)
     for part in "kv":
         one, two = got.tensors[f"g0.{part}"], chunk.tensors[f"g0.{part}"]
         assert [torch.equal(a, b) for a, b in zip(one, two, strict=True)] == [False, True, False]
@@ -198,12 +198,12 @@ def test_the_size_is_known_before(name: str, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_chain_with_safetensors_gives_a_file_that_opens(name: str) -> None:
+def test_a_pipeline_with_safetensors_gives_a_file_that_opens(name: str) -> None:
     chunk = make_chunk(tiny_layout(), 40)
-    chain = Pipeline([made(name), made("safetensors")])
+    pipeline = Pipeline([made(name), made("safetensors")])
     info = ChunkInfo(chunk.namespace.layout, chunk.tokens, chunk.index)
-    tensors = chain.to_tensors(chunk.tensors, info)
-    opened = load(b"".join(chain.to_payload(tensors, b"")))
+    tensors = pipeline.to_tensors(chunk.tensors, info)
+    opened = load(b"".join(pipeline.to_payload(tensors, b"")))
     assert {"g0.k.codes", "g0.k.scale", "g0.k.kept", "g0.k.at"} <= set(opened)
     for key, tensor in tensors.items():
         assert torch.equal(opened[key].view(torch.uint8), tensor.view(torch.uint8))

@@ -27,8 +27,6 @@ class TestSafetensors(SerdeConformance):
 
 
 class TestZstd(SerdeConformance):
-    known_size = False
-
     @pytest.fixture(params=[1, 19])
     def serde(self, request: pytest.FixtureRequest) -> Serde:
         return Zstd(Zstd.Options(level=request.param))

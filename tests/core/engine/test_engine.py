@@ -25,7 +25,9 @@ from lmcache_core.engine import engine
 from lmcache_core.engine.engine import CacheEngine
 from lmcache_core.frames import frame
 from lmcache_core.io.memory import HostBuffers
+from lmcache_core.kv.namespace import FRAME_VERSION
 from lmcache_core.testing import make_chunk, tiny_layout
+from lmcache_core.testing.frames import forged
 from tests.core.conftest import content
 from tests.servers import PATIENCE, free_port
 from tests.threads import no_more_threads
@@ -390,10 +392,11 @@ def test_what_a_slow_tier_dropped_reaches_it_at_the_next_hit(
         (lambda data, other: b"GIF89a" + bytes(500), "damaged"),
         (lambda data, other: data[:-CHUNK_BYTES] + other[-CHUNK_BYTES:], "damaged"),
         (lambda data, other: other, "foreign"),
-        (lambda data, other: data[:4] + b"\x09\x00" + data[6:], "unreadable"),
+        (lambda data, other: data[:4] + b"\x09\x00" + data[6:], "damaged"),
+        (lambda data, other: forged(data, version=FRAME_VERSION + 1), "unreadable"),
     ],
     ids=["cut", "cut in head", "empty", "longer", "bit flip", "foreign file", "swapped body",
-         "another chunk", "newer version"],
+         "another chunk", "version's bits", "newer version"],
 )  # fmt: skip
 def test_a_damaged_chunk_is_a_counted_miss_and_is_stored_anew(
     namespace: Namespace,
