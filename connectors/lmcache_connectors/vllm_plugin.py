@@ -14,7 +14,8 @@ import os
 from typing import Any
 
 from lmcache_connectors.vllm import weights
-from lmcache_core import load_config, strict_requested
+from lmcache_core import load_config
+from lmcache_core.connector import go_on_without, strict_requested
 
 NAME = "LmcacheCoreConnector"
 MODULE = "lmcache_connectors.vllm.connector"
@@ -91,8 +92,6 @@ def _is_configured() -> bool:
     try:
         load_config()
     except Exception as error:  # vLLM must start
-        if strict_requested():
-            raise
-        log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
+        go_on_without("vLLM", error, strict=strict_requested(), logger=log)
         return False
     return True

@@ -81,6 +81,10 @@ class Rows:
         self._cache.store(self.namespace, prefix, gather, start=first, tokens=1)
         return len(ids)
 
+    def close(self) -> None:
+        """Let go of the engine's memory; nothing is loaded or stored any more."""
+        self._rows = self._rows.new_empty((0, self._rows.shape[1]))
+
     def rename(self, **fields: Any) -> None:
         """Store and find from now on under a Namespace of other fields."""
         self.namespace = self.namespace.model_copy(update=fields)

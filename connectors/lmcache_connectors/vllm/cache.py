@@ -18,12 +18,11 @@ import lmcache_core
 from lmcache_connectors.vllm.shape import Shape, chunk_tokens, share_as
 from lmcache_core import (
     Config,
-    ConfigError,
     TensorsToBytes,
     TensorsToTensors,
     TierConfig,
-    strict_requested,
 )
+from lmcache_core.connector import read_config
 
 
 class Cache:
@@ -102,11 +101,10 @@ def acquire(config: VllmConfig, kv: KVCacheConfig) -> Cache:
 
     Raises ConfigError.
     """
-    ours = lmcache_core.load_config(_source(config))
+    ours = read_config(settings(config), "kv_connector_extra_config")
     tiers = ours.tiers if _one_process(config) else tuple(map(_shared, ours.tiers))
     chunk = ours.chunk_size if share_as(config) else chunk_tokens(kv, ours.chunk_size)
-    more = {"tiers": tiers, "chunk_size": chunk, "strict": is_strict(config)}
-    return _CACHES.acquire(ours.model_copy(update=more))
+    return _CACHES.acquire(ours.model_copy(update={"tiers": tiers, "chunk_size": chunk}))
 
 
 def release(cache: Cache) -> None:
@@ -114,20 +112,11 @@ def release(cache: Cache) -> None:
     _CACHES.release(cache)
 
 
-def is_strict(config: VllmConfig) -> bool:
-    """Whether what makes reuse impossible shall stop vLLM."""
-    extra = config.kv_transfer_config.kv_connector_extra_config
-    return bool(extra.get("strict")) or strict_requested(extra.get("config_file"))
-
-
-def _source(config: VllmConfig) -> Any:
+def settings(config: VllmConfig) -> dict[str, Any]:
+    """What kv_connector_extra_config holds of a cache's config."""
     extra = dict(config.kv_transfer_config.kv_connector_extra_config)
-    file = extra.pop("config_file", None)
     extra.pop("share_as", None)
-    own = set(extra) - {"strict"}
-    if file and own:
-        raise ConfigError("kv_connector_extra_config: expected either config_file or its keys")
-    return file or (extra if own else None)
+    return extra
 
 
 def _one_process(config: VllmConfig) -> bool:

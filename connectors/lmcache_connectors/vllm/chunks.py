@@ -44,22 +44,12 @@ class Group:
             return [ChunkKey(each) for each in hashes]
         return self.salted(salt).keys_from_hashes(hashes)
 
-    def first_kept(self, tokens: int) -> int:
-        """The first token whose block is still needed by what follows `tokens` tokens."""
-        left = max(0, tokens - self.window + 1) if self.window else 0
-        return left - left % self.block
-
 
 def all_or_nothing(groups: Sequence[Group]) -> bool:
     """Whether a load is of use only if all of it comes. Where a block is missing, vLLM computes on
     from there if there is one group, whose blocks are all there up to the missing one: those that
     a window has left are not."""
     return len(groups) > 1 or groups[0].window is not None
-
-
-def chunk_ends(begin: int, end: int, chunk: int) -> list[int]:
-    """Where the chunks end that hold the tokens [begin, end)."""
-    return [*range(begin - begin % chunk + chunk, end, chunk), end] if begin < end else []
 
 
 @dataclass
@@ -81,8 +71,6 @@ class Chunks:
     """For each group, from the request's first block on; 0 where vLLM keeps none."""
     tiers: list[list[list[int]]] = field(default_factory=list)
     """Of a load: where each chunk is, by rank and group."""
-    at_once: bool = False
-    """Of a load: vLLM computes on these blocks in the same step."""
 
     def first_block(self, group: int, block: int) -> int:
         """The first block of `group` to move: behind those that a sliding window has left."""

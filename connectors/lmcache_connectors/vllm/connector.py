@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,26 +27,20 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.lora.request import LoRARequest
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lmcache_connectors.vllm import weights
-from lmcache_connectors.vllm.cache import is_strict
+from lmcache_connectors.vllm.cache import settings
 from lmcache_connectors.vllm.messages import Metadata, Report
 from lmcache_connectors.vllm.scheduler import Scheduler
 from lmcache_connectors.vllm.stats import Metrics, Stats
 from lmcache_connectors.vllm.worker import Worker
+from lmcache_core.connector import go_on_without, is_strict
 
 log = logging.getLogger("vllm.lmcache_core")
-
-
-@lru_cache(maxsize=64)
-def _say_off(cause: str) -> None:
-    """Once, though both sides may be in this process."""
-    log.warning("lmcache-core is off, vLLM goes on without it: %s", cause)
 
 
 def _speak_through_vllm() -> None:
@@ -91,9 +84,8 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _give_up(self, error: Exception) -> None:
         """Serve without a cache, and say why; or stop, where the config says so."""
-        if is_strict(self._vllm_config):
-            raise error
-        _say_off(str(error) or repr(error))
+        strict = is_strict(settings(self._vllm_config))
+        go_on_without("vLLM", error, strict=strict, logger=log)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -101,11 +93,6 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return False
 
     # The scheduler's side
-
-    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        super().bind_kv_cache_manager(kv_cache_manager)
-        if self._scheduler:
-            self._scheduler.blocks = kv_cache_manager
 
     def on_adapter(self, lora_request: LoRARequest) -> None:
         """An adapter is loaded. Called by `weights.py`."""
@@ -122,7 +109,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is None:
             return 0, False
         found = self._scheduler.match(request, num_computed_tokens)
-        return found, bool(found) and not self._scheduler.at_once(request)
+        return found, bool(found)
 
     def update_state_after_alloc(
         self, request: Request, blocks: Any, num_external_tokens: int

@@ -20,15 +20,15 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
-from lmcache_core import ConfigError, KVLayout, LayerGroup
+from lmcache_core import ConfigError
 
 _SAMPLE, _STEP = 4 << 10, 1 << 20
 """A fingerprint reads so many bytes of the weights, and after so many the next: of every tensor."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
-def offloaded(config: VllmConfig, offloading: OffloadingConfig, nbytes: int) -> dict[str, Any]:
-    """Namespace fields for the rows of vLLM's native offloading, `nbytes` bytes of all workers.
+def offloaded(config: VllmConfig, offloading: OffloadingConfig) -> dict[str, Any]:
+    """Namespace fields, but the layout, for rows of vLLM's native offloading: all workers' bytes.
 
     Raises ConfigError for models with LoRA adapters.
     """
@@ -38,12 +38,8 @@ def offloaded(config: VllmConfig, offloading: OffloadingConfig, nbytes: int) -> 
     tokens = offloading.groups[0].tokens_per_block
     block = SimpleNamespace(dtype=model.dtype, block_size=tokens, head_size=model.get_head_size())
     workers = [parallel.tp_size, parallel.pp_size, parallel.pcp_size, parallel.dcp_size]
-    row = LayerGroup(
-        kind="opaque", layers=(0,), kv_heads=1, key_dim=nbytes, value_dim=0, dtype="uint8"
-    )
     return {
         **model_identity(config),
-        "layout": KVLayout(groups=(row,)),
         "memory_format": memory_format(config, offloading, block),
         "extra": {
             **number_identity(config),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from lmcache_connectors.vllm.chunks import Group, chunk_ends
+from lmcache_connectors.vllm.chunks import Group
 from lmcache_core import ChunkKey
+from lmcache_core.connector import Row, chunk_ends, longest
 
 
 class Found(NamedTuple):
@@ -71,15 +71,9 @@ class Lookup:
         self, where: list[list[list[int | None]]], ends: Sequence[int], usable: int
     ) -> int:
         """How many chunks from the root on can be used."""
-        rows = [(g, row) for r, groups in zip(self._ranks, where, strict=True)
-                for g, row in zip(r, groups, strict=True)]  # fmt: skip
-        whole = [row for group, row in rows if not group.window]
-        count = min([row.index(None) if None in row else len(row) for row in whole] or [len(ends)])
-        windows = [(group, row) for group, row in rows if group.window]
-        while count and not all(
-            None
-            not in row[bisect_right(ends, group.first_kept(min(ends[count - 1], usable))) : count]
-            for group, row in windows
-        ):
-            count -= 1
-        return count
+        rows = [
+            Row(row, group.window, group.block)
+            for groups, found in zip(self._ranks, where, strict=True)
+            for group, row in zip(groups, found, strict=True)
+        ]
+        return longest(rows, ends, usable)

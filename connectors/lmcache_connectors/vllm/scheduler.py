@@ -21,7 +21,6 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
 from vllm.lora.request import LoRARequest
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
@@ -29,10 +28,11 @@ from vllm.v1.request import Request
 
 from lmcache_connectors.vllm import cache
 from lmcache_connectors.vllm.adapters import Adapters
-from lmcache_connectors.vllm.chunks import Chunks, all_or_nothing, chunk_ends
+from lmcache_connectors.vllm.chunks import Chunks
 from lmcache_connectors.vllm.lookup import Found, Lookup
 from lmcache_connectors.vllm.messages import Metadata, Report
-from lmcache_core import LOG, DaemonPool, TierInfo
+from lmcache_core import TierInfo
+from lmcache_core.connector import LOG, DaemonPool, Steps, chunk_ends
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -66,8 +66,6 @@ class _Known:
     """Tokens whose blocks are stored, or were found stored; None before the first step."""
     loading: frozenset[int] = frozenset()
     """Blocks that were to be loaded last."""
-    at_once: bool = False
-    """Whether vLLM was told that the load is part of the step that needs it."""
     sources: list[tuple[TierInfo, int]] = field(default_factory=list)
     """Tokens that are loaded, by tier."""
 
@@ -105,25 +103,7 @@ class Scheduler:
         self._epoch = ""
         self._weights = 0
         self._step = 0
-        self._started: dict[int, tuple[int, float]] = {}
-        """Tokens and beginnings of steps that compute, by number, until they end."""
-        self._ended = 0.0
-        """When a step ended last."""
-        # A load that fails in the very step that needs it spoils what that step computes. So no
-        # other step may have been built on it, no other rank may go on from what was computed, and
-        # vLLM must take the blocks' numbers for an answer. A worker that turns out to move nothing
-        # fails loads in the background only.
-        parallel = config.parallel_config
-        self._in_order = (
-            not config.scheduler_config.async_scheduling
-            and parallel.world_size == 1
-            and not all_or_nothing(self._ranks[0])
-        )
-        self._worker_heard = False
-        self.blocks: KVCacheManager | None = None
-        """vLLM's, once it has told."""
-        self._unproven: _Known | None = None
-        """Whose step computes on a load of which nothing was heard yet."""
+        self._steps = Steps(self._cache.engine.load_gate)
         events = config.kv_events_config
         self._events: list[KVCacheEvent] | None = (
             [] if events is not None and events.enable_kv_cache_events else None
@@ -206,24 +186,6 @@ class Scheduler:
 
     # Loading
 
-    def at_once(self, request: Request) -> bool:
-        """Whether what `match` found is loaded in the step that needs it, not in the background.
-
-        It saves a step, where all is in this host's memory and nobody else waits.
-        """
-        known = self._requests[request.request_id]
-        assert known.found is not None
-        tiers = self._cache.engine.tiers
-        places = {n for rows in known.found.tiers for row in rows for n in row}
-        known.at_once = (
-            self._in_order
-            and self._worker_heard
-            and self.blocks is not None
-            and len(self._requests) == 1
-            and all(tiers[n].in_memory for n in places)
-        )
-        return known.at_once
-
     def allocated(self, request: Request, block_ids: tuple[list[int], ...], external: int) -> None:
         """VLLM has made room for `external` tokens, which follow what it has itself."""
         known = self._requests[request.request_id]
@@ -231,14 +193,12 @@ class Scheduler:
         found = known.found
         end = min(found.tokens, found.usable)
         chunks = self._chunks(known, end - external, end, found.ends, block_ids)
-        chunks.tiers, chunks.at_once = found.tiers, known.at_once
+        chunks.tiers = found.tiers
         first = chunks.first_block(0, self._ranks[0][0].block)
         known.loading = frozenset(chunks.block_ids[0][first:])
         known.sources = self._by_tier(found, end - external, end)
         for tier, tokens in known.sources:
             self._cache.count("hit_tokens", tokens, tier.name)
-        if known.at_once:
-            self._unproven = known
         self._loads.append(chunks)
 
     def _by_tier(self, found: Found, begin: int, end: int) -> list[tuple[TierInfo, int]]:
@@ -293,22 +253,12 @@ class Scheduler:
                     stores += self._filled(known, computed, output)
         tokens = output.total_num_scheduled_tokens
         self._step += 1
-        if tokens and not any(chunks.at_once for chunks in loads):
+        if tokens:
             prefill = 2 * max(output.num_scheduled_tokens.values()) >= tokens
-            self._started[self._step] = (tokens if prefill else 0, time.monotonic())
+            # Without stores, others are there to have prefills done elsewhere.
+            counts = prefill and self._transfer.is_kv_producer
+            self._steps.begin(self._step, tokens if counts else 0)
         return Metadata(loads, stores, self._weights, not tokens, self._step)
-
-    def _measure(self, report: Report) -> None:
-        """Book what a step that ended took, and the loads that did. Steps follow each other, though
-        the next one may be scheduled before."""
-        pays, now = self._cache.engine.load_gate, time.monotonic()
-        tokens, began = self._started.pop(report.step, (0, now))
-        self._started = {n: step for n, step in self._started.items() if n > report.step}
-        if self._transfer.is_kv_producer:  # others are there to have prefills done elsewhere
-            pays.record_prefill(tokens, now - max(began, self._ended))
-        self._ended = now
-        for load in report.loads:
-            pays.record_load(*load)
 
     def _filled(self, known: _Known, computed: int, output: SchedulerOutput) -> list[Chunks]:
         """The chunks that this step fills. A fault of ours must not end the engine."""
@@ -345,10 +295,11 @@ class Scheduler:
 
     def output(self, output: KVConnectorOutput) -> None:
         """What the workers report of a step."""
-        self._worker_heard = True
         report = output.kv_connector_worker_meta
         if isinstance(report, Report):
-            self._measure(report)
+            self._steps.end(report.step)
+            for load in report.loads:
+                self._cache.engine.load_gate.record_load(*load)
             if report.weights > self._weights:
                 self._weights = report.weights
                 self.reset()
@@ -357,23 +308,9 @@ class Scheduler:
             name = known.request.request_id
             if name in output.failed_recving or known.loading & failed:
                 known.reads = False
-        unproven, self._unproven = self._unproven, None
-        if unproven and unproven.loading & failed:
-            self._disown(unproven)
-
-    def _disown(self, known: _Known) -> None:
-        """Take out of vLLM's prefix cache what was loaded in a step, and computed on it: vLLM has
-        it there before the step ran, and leaves it there when the load fails."""
-        assert self.blocks is not None
-        (ids,) = self.blocks.get_block_ids(known.request.request_id)
-        first = next((n for n, block in enumerate(ids) if block in known.loading), len(ids))
-        self.blocks.evict_blocks(set(ids[first:]))
 
     def end(self, request: Request) -> dict[str, Any] | None:
         """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
-        if self._unproven and self._unproven.request is request:  # aborted while its step ran
-            self._disown(self._unproven)
-            self._unproven = None
         known = self._requests.pop(request.request_id, None)
         if known is None or known.handled is None or self._transfer.is_kv_consumer:
             return None

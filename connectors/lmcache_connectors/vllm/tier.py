@@ -14,10 +14,9 @@ import logging
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from itertools import takewhile
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,19 +38,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import lmcache_core
 from lmcache_connectors.vllm.identity import offloaded
-from lmcache_core import (
-    LOG,
-    ChunkKey,
-    Config,
-    ConfigError,
-    DaemonPool,
-    Hit,
-    Tensors,
-    TensorsToTensors,
-    copy_exact,
-    load_config,
-    strict_requested,
-)
+from lmcache_core import CacheEngine, ChunkKey, Config, ConfigError, TensorsToTensors
+from lmcache_core.connector import LOG, DaemonPool, Rows, go_on_without, is_strict, read_config
 
 log = logging.getLogger("vllm.lmcache_core")
 
@@ -84,7 +72,7 @@ class LmcacheCoreTier(SecondaryTierManager):
         **config: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        strict = strict or strict_requested(config.get("config_file"))
+        strict = is_strict({"strict": strict, **config})
         self.locality = Locality(locality) if locality else None
         self._jobs: dict[int, tuple[TransferJob, Future[_Outcome]]] = {}
         self._chains: dict[str, list[ChunkKey]] = defaultdict(list)
@@ -92,18 +80,16 @@ class LmcacheCoreTier(SecondaryTierManager):
         that it follows."""
         self._loaders = DaemonPool("lmcache-vllm-load", LOADERS)
         self._storer = DaemonPool("lmcache-vllm-store", 1)
-        self._rows: _Rows | None = None
+        self._rows: Rows | None = None
         try:
             self._loaders.start()
             self._storer.start()
             settings = _settings(config, strict)
-            self._rows = _Rows(offloading_spec, primary_kv_view, settings)
+            self._cache, self._rows = _open(offloading_spec, primary_kv_view, settings)
         except Exception as error:
             self._loaders.close()
             self._storer.close()
-            if strict:
-                raise
-            log.warning("lmcache-core is off, vLLM goes on without it: %s", error)
+            go_on_without("vLLM", error, strict=strict, logger=log)
             return
         self._lookups = _Lookups(tier_type, self._rows)
 
@@ -119,10 +105,10 @@ class LmcacheCoreTier(SecondaryTierManager):
         return LookupResult.HIT if found else LookupResult.MISS
 
     def submit_load(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, self._loaders, _Rows.load)
+        self._submit(job_metadata, self._loaders, Rows.load)
 
     def submit_store(self, job_metadata: TransferJob) -> None:
-        self._submit(job_metadata, self._storer, _Rows.store)
+        self._submit(job_metadata, self._storer, Rows.store)
 
     def _submit(self, job: TransferJob, workers: DaemonPool, move: _Move) -> None:
         if self._rows is None:
@@ -130,7 +116,7 @@ class LmcacheCoreTier(SecondaryTierManager):
             return
         chain = self._chains[job.req_context.req_id]
         first = len(chain)
-        chain += self._rows.keys(job.keys)
+        chain += self._rows.keys(list(job.keys))
         work = partial(_timed, move, self._rows, tuple(chain), first, job.chunk_ids.tolist())
         self._jobs[job.job_id] = job, workers.submit(work)
 
@@ -166,7 +152,7 @@ class LmcacheCoreTier(SecondaryTierManager):
         wait([future for _, future in self._jobs.values()])
         self._chains.clear()
         if self._rows is not None:
-            self._rows.forget()
+            self._rows.rename(adapter=f"{uuid.uuid4()}")
 
     def shutdown(self) -> None:
         rows, self._rows = self._rows, None
@@ -176,81 +162,41 @@ class LmcacheCoreTier(SecondaryTierManager):
         wait([future for _, future in self._jobs.values()])
         self._loaders.close()
         self._storer.close()
+        self._cache.close()
         rows.close()
 
 
-class _Rows:
-    """VLLM's rows of host memory and the cache behind them. Its methods may be called from any
-    thread."""
-
-    def __init__(self, spec: OffloadingSpec, view: memoryview, config: Config) -> None:
-        vllm_config = get_current_vllm_config_or_none()
-        if vllm_config is None:
-            raise ConfigError(
-                "vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?"
-            )
-        self._rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
-        fields = offloaded(vllm_config, spec.config, self._rows.shape[1])
-        self._cache = lmcache_core.open(config)
-        try:
-            self._namespace = self._cache.namespace(**fields)
-        except Exception:
-            self._cache.close()
-            raise
-
-    def keys(self, keys: Collection[OffloadKey]) -> list[ChunkKey]:
-        return self._namespace.keys_from_hashes(keys)
-
-    def contains(self, keys: Collection[OffloadKey]) -> list[bool]:
-        return [tier is not None for tier in self._cache.locate(self.keys(keys))]
-
-    def load(self, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]) -> int:
-        """Load the keys from `first` on into the rows `ids`; returns how many, in order, came."""
-        asked = keys[first:]
-        one = len(self._cache.tiers) == 1  # vLLM has just heard that it is there
-        where = [0] * len(asked) if one else self._cache.locate(asked)
-        tiers: tuple[Any, ...] = tuple(takewhile(lambda tier: tier is not None, where))
-        count = 0
-        for chunk in self._cache.load(Hit(keys, (0,) * first + tiers), start=first):
-            copy_exact(self._rows[ids[count]], chunk.tensors["g0.k"].view(-1))
-            count += 1
-        return count
-
-    def store(self, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]) -> int:
-        """Store the rows `ids` under the keys from `first` on; the cache counts what it drops."""
-
-        def gather(index: int, out: Tensors) -> None:
-            copy_exact(out["g0.k"].view(-1), self._rows[ids[index - first]])
-
-        self._cache.store(self._namespace, keys, gather, start=first, tokens=1)
-        return len(ids)
-
-    def forget(self) -> None:
-        """Store and find only what belongs to the weights as they are from now on."""
-        self._namespace = self._namespace.model_copy(update={"adapter": f"{uuid.uuid4()}"})
-
-    def close(self) -> None:
-        """Write what was promised and release vLLM's memory."""
-        self._cache.close()
-        del self._rows
+def _open(spec: OffloadingSpec, view: memoryview, config: Config) -> tuple[CacheEngine, Rows]:
+    """The cache, and vLLM's rows of host memory before it. Raises ConfigError."""
+    vllm_config = get_current_vllm_config_or_none()
+    if vllm_config is None:
+        raise ConfigError("vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?")
+    rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
+    fields = offloaded(vllm_config, spec.config)
+    cache = lmcache_core.open(config)
+    try:
+        return cache, Rows(rows, cache, fields)
+    except Exception:
+        cache.close()
+        raise
 
 
 class _Lookups(AsyncLookupManager):
     """vLLM's background lookups, one batch for each request of a step."""
 
-    def __init__(self, tier_type: str, rows: _Rows) -> None:
+    def __init__(self, tier_type: str, rows: Rows) -> None:
         self._rows = rows
         super().__init__(tier_type)
 
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
-        return self._rows.contains(keys)
+        return self._rows.contains(self._rows.keys(list(keys)))
 
 
-_Move = Callable[[_Rows, tuple[ChunkKey, ...], int, Sequence[int]], int]
+_Move = Callable[[Rows, tuple[ChunkKey, ...], int, Sequence[int]], int]
 
 
 def _timed(
-    move: _Move, rows: _Rows, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]
+    move: _Move, rows: Rows, keys: tuple[ChunkKey, ...], first: int, ids: Sequence[int]
 ) -> _Outcome:
     began = time.monotonic()
     try:
@@ -270,12 +216,9 @@ def _nothing() -> Future[_Outcome]:
 
 def _settings(entry: dict[str, Any], strict: bool) -> Config:
     """What a tier's entry describes, for chunks of one token."""
-    file = entry.pop("config_file", None)
-    if file and entry:
-        raise ConfigError("secondary_tiers: expected either config_file or its keys")
-    config = load_config(file or entry or None)
+    config = read_config({"strict": strict, **entry}, "secondary_tiers")
     for tier in config.tiers:
         for serde in tier.serde:
             if isinstance(serde.create(), TensorsToTensors):
                 raise ConfigError(f"{tier.where}.serde: {serde.name} wants numbers, rows are bytes")
-    return config.model_copy(update={"chunk_size": 1, "strict": strict})
+    return config.model_copy(update={"chunk_size": 1})

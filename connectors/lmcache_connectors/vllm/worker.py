@@ -56,8 +56,6 @@ class Worker:
         self._failed_blocks: set[int] = set()
         self._whole = False
         """Whether a load is of use only if all of it comes."""
-        self._spoilt = False
-        """Whether this step computes on blocks that did not come."""
         self._ended: list[tuple[int, int, float]] = []
         """Loads of which the scheduler has not heard; see `Report`."""
         self._staged: list[Future[None]] = []
@@ -100,14 +98,9 @@ class Worker:
 
     def begin(self, step: Metadata) -> None:
         """Start the step's loads."""
-        self._spoilt = False
         for chunks in step.loads:
             load = partial(self._load, chunks, step.weights != self._weights_now())
-            if not chunks.at_once:
-                self._loads[chunks.request] = self._loaders.submit(load)
-            elif missing := load():
-                self._spoilt = True
-                self._failed_blocks |= missing
+            self._loads[chunks.request] = self._loaders.submit(load)
         if step.idle and self._loads:
             wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
 
@@ -180,7 +173,7 @@ class Worker:
 
     def store(self, step: Metadata) -> None:
         """Store the blocks that a step has filled. What cannot be stored is dropped and counted."""
-        if not step.stores or self._spoilt or step.weights != self._weights_now():
+        if not step.stores or step.weights != self._weights_now():
             return
         jobs = [(n, chunks) for chunks in step.stores for n in range(len(self._memory))]
         if self._memory[0].device.type == "cpu":

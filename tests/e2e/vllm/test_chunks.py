@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_connectors.vllm.chunks import chunk_ends
+from lmcache_core.connector import chunk_ends
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.test_connector import answers, connector, flush, forget, prompt
 

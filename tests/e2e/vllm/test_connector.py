@@ -15,10 +15,8 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from lmcache_connectors.vllm import scheduler as scheduling
-from lmcache_connectors.vllm.connector import LmcacheCoreConnector, _say_off
-from lmcache_connectors.vllm.messages import Metadata
-from lmcache_connectors.vllm.worker import Worker
+from lmcache_connectors.vllm.connector import LmcacheCoreConnector
+from lmcache_core.connector import start
 from lmcache_core.io.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
@@ -251,114 +249,6 @@ def test_many_requests_that_share_documents(llama: Path, disk: dict[str, Any]) -
         assert all(reused >= 256 for _, reused in warm)
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every load that a worker began: whether it was part of the step that needed it."""
-    seen: list[bool] = []
-    begin = Worker.begin
-
-    def spied(self: Worker, step: Metadata) -> None:
-        seen.extend(chunks.at_once for chunks in step.loads)
-        begin(self, step)
-
-    monkeypatch.setattr(Worker, "begin", spied)
-    return seen
-
-
-def test_what_is_in_memory_is_loaded_at_once_where_nobody_else_waits(
-    llama: Path, memory: dict[str, Any], disk: dict[str, Any], at_once: list[bool]
-) -> None:
-    one, two = prompt(300), prompt(300, 1)
-    with engine(llama) as llm:
-        answers(llm, one), answers(llm, two)
-        own = [answers(llm, one)[0], answers(llm, two)[0]]
-    for extra, alone in ((memory, True), (disk, False)):
-        at_once.clear()
-        with engine(llama, extra) as llm:
-            answers(llm, one, two)
-            forget(llm)
-            assert answers(llm, one) == own[:1]
-            assert at_once == [alone]
-            forget(llm)
-            assert answers(llm, one, two) == own
-            assert at_once == [alone, False, False]
-
-
-@pytest.mark.parametrize("kept", [0, 1])
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_what_is_gone_when_its_step_wants_it_is_computed_and_spoils_nothing(
-    model: Path,
-    name: str,
-    memory: dict[str, Any],
-    at_once: list[bool],
-    monkeypatch: pytest.MonkeyPatch,
-    kept: int,
-) -> None:
-    """The step computes, on blocks that did not come, more blocks: none of them may be stored."""
-    ids = prompt(400)
-    allocated = scheduling.Scheduler.allocated
-
-    def evicted(self: Any, *arguments: Any) -> None:
-        """After the lookup and before the load, all but the root is gone, or all."""
-        self._cache.engine._tiers[0]._backend.delete(_chain(self)[kept:], 1.0)
-        allocated(self, *arguments)
-
-    with engine(model) as llm:
-        cold, own = answers(llm, ids)[0][0], answers(llm, ids)
-    with engine(model, memory) as llm:
-        answers(llm, ids[:200])
-        forget(llm)
-        with monkeypatch.context() as patch:
-            patch.setattr(scheduling.Scheduler, "allocated", evicted)
-            assert answers(llm, ids)[0][0] == cold
-        forget(llm)
-        assert answers(llm, ids) == own
-        assert at_once == [name == "llama"] * 2  # vLLM cannot go on from the midst of a window
-
-
-@pytest.mark.parametrize("when", ["then", "while it computed"])
-def test_what_is_gone_serves_nobody_where_its_request_is_aborted(
-    llama: Path, memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    """VLLM has the blocks of such a step in its prefix cache, and does not compute them anew."""
-    ids, longer = prompt(400), [*prompt(400), *prompt(50, 1)]
-    allocated, store = scheduling.Scheduler.allocated, LmcacheCoreConnector.wait_for_save
-    with engine(llama) as llm:
-        cold = answers(llm, longer)[0][0]
-    with engine(llama, memory) as llm:
-        answers(llm, ids)
-        forget(llm)
-        core = llm.llm_engine
-        scheduler = connector(llm)._scheduler
-
-        def evicted(self: Any, *arguments: Any) -> None:
-            self._cache.engine._tiers[0]._backend.delete(_chain(self), 1.0)
-            allocated(self, *arguments)
-
-        def aborted(self: Any) -> None:
-            store(self)
-            if when == "while it computed" and scheduler._unproven:
-                core.abort_request(["a"])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(scheduling.Scheduler, "allocated", evicted)
-            patch.setattr(LmcacheCoreConnector, "wait_for_save", aborted)
-            core.add_request("a", {"prompt_token_ids": ids}, GREEDY)
-            (known,) = scheduler._requests.values()
-            while known.sources == [] or scheduler._unproven:
-                core.step()
-        core.abort_request(["a"])
-        assert answers(llm, longer)[0][0] == cold
-        forget(llm)
-        assert answers(llm, longer)[0][0] == cold
-
-
-def _chain(scheduler: Any) -> list[Any]:
-    """The keys of the one request's chunks, root first."""
-    (known,) = scheduler._requests.values()
-    return scheduler._ranks[0][0].keys(known.request.block_hashes, known.salt)
-
-
 def test_a_conversation_goes_on_from_generated_tokens(llama: Path, disk: dict[str, Any]) -> None:
     long = SamplingParams(temperature=0, max_tokens=80, detokenize=False, ignore_eos=True)
     with engine(llama, disk) as llm:
@@ -509,7 +399,7 @@ def test_where_no_thread_can_be_had_it_serves_without_a_cache(
     job: str, llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     text, before = prompt(100), set(threading.enumerate())
-    _say_off.cache_clear()
+    start._said.clear()
     with no_more_threads(f"lmcache-vllm-{job}"), engine(llama, disk) as llm:
         first = answers(llm, text)
         llm.reset_prefix_cache()
