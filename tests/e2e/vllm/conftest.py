@@ -15,6 +15,8 @@ from unittest import mock
 
 import pytest
 
+from lmcache_core.connector import start
+
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
@@ -36,9 +38,10 @@ def _no_leaks() -> None:
 
 @pytest.fixture(autouse=True)
 def _heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pytest hear what vLLM's logger is told."""
+    """Let pytest hear what vLLM's logger is told, each time anew."""
     from vllm.logger import DEFAULT_LOGGING_CONFIG
 
+    monkeypatch.setattr(start, "_said", set())
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     # The first engine of a process configures it once more.
     monkeypatch.setitem(DEFAULT_LOGGING_CONFIG["loggers"]["vllm"], "propagate", True)

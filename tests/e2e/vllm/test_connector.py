@@ -16,7 +16,6 @@ from vllm import SamplingParams
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from lmcache_connectors.vllm.connector import LmcacheCoreConnector
-from lmcache_core.connector import start
 from lmcache_core.io.memory import HostBuffers
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
@@ -399,7 +398,6 @@ def test_where_no_thread_can_be_had_it_serves_without_a_cache(
     job: str, llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     text, before = prompt(100), set(threading.enumerate())
-    start._said.clear()
     with no_more_threads(f"lmcache-vllm-{job}"), engine(llama, disk) as llm:
         first = answers(llm, text)
         llm.reset_prefix_cache()
