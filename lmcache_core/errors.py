@@ -12,6 +12,12 @@ LmcacheError
 
 from __future__ import annotations
 
+from typing import Literal
+
+FrameReason = Literal["damaged", "foreign", "unreadable"]
+"""damaged: not a whole frame: cut, extended, changed. foreign: whole, but another key's.
+unreadable: of another version, or of a serde that is not installed."""
+
 
 class LmcacheError(Exception):
     """Base of every exception that this project raises."""
@@ -34,13 +40,9 @@ class NoContent(LmcacheError):
 
 
 class FrameError(LmcacheError):
-    """Bytes that are not the frame that was asked for: a miss, never data.
+    """Bytes that are not the frame that was asked for: a miss, never data."""
 
-    `reason` is "damaged" (not a whole frame), "foreign" (whole, but another key's) or
-    "unreadable" (of another version, or of a serde that is not installed).
-    """
-
-    def __init__(self, message: str, reason: str = "damaged") -> None:
+    def __init__(self, message: str, reason: FrameReason = "damaged") -> None:
         super().__init__(message)
         self.reason = reason
 

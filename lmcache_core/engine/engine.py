@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from lmcache_core.backend import Allocate
 from lmcache_core.config.models import Config, TierConfig, load
@@ -26,6 +26,8 @@ from lmcache_core.kv.keys import ChunkKey, TokenIds
 from lmcache_core.kv.layout import Tensors
 from lmcache_core.kv.namespace import Namespace
 from lmcache_core.kv.tensors import views
+from lmcache_core.plugins.blame import cause
+from lmcache_core.plugins.events import Missed, Reason, by_namespace
 from lmcache_core.plugins.observers import Observers
 from lmcache_core.plugins.registry import component
 
@@ -53,7 +55,7 @@ class CacheEngine:
         self._config = config
         self._observers = Observers(plugins)
         self._tiers: list[Tier] = []
-        self._close = weakref.finalize(self, _close, self._tiers)
+        self._close = weakref.finalize(self, _close, self._tiers, self._observers)
         try:
             for tier in config.tiers:
                 self._tiers.append(_open_tier(tier, self._observers, config))
@@ -67,11 +69,11 @@ class CacheEngine:
     def namespace(self, **fields: Any) -> Namespace:
         """A Namespace of these fields, with what plugins add to it.
 
-        Raises ConfigError where a tier is too small for one chunk of its layout.
+        Raises ConfigError where a plugin fails to tell what it adds, or where a tier is too small
+        for one chunk of its layout.
         """
         extra: dict[str, str] = dict(fields.pop("extra", {}))
-        for more in self._observers.tell("namespace", fields=fields):
-            extra.update(more)
+        self._observers.add_to_namespace(extra, fields)
         namespace = Namespace(**fields, extra=extra)
         self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
         return namespace
@@ -119,9 +121,8 @@ class CacheEngine:
         where, failed = self._find(keys)
         if failed[1]:
             nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
-            name, reason = failed
-            if nowhere:
-                self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
+            for some in by_namespace(nowhere):
+                self._missed(some, *failed)
         return where
 
     @property
@@ -150,7 +151,7 @@ class CacheEngine:
             if not unknown:
                 break
             if not self.load_gate.allows(number):
-                failed = (tier.name, "slow")
+                failed = (tier.name, Reason.SLOW)
                 continue
             present, reason = tier.contains([keys[i] for i in unknown])
             for i, there in zip(unknown, present, strict=True):
@@ -169,11 +170,13 @@ class CacheEngine:
         """Count what lies behind the end of a prefix: not there, or there behind a hole."""
         nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
         behind = [key for key, number in zip(keys, where, strict=True) if number is not None]
-        name, reason = failed if failed[1] else ("", "absent")
-        if nowhere:
-            self._observers.tell("missed", tier=name, reason=reason, keys=nowhere)
-        if behind:
-            self._observers.tell("missed", tier="", reason="hole", keys=behind)
+        self._missed(nowhere, *(failed if failed[1] else ("", Reason.ABSENT)))
+        self._missed(behind, "", Reason.HOLE)
+
+    def _missed(self, keys: Sequence[ChunkKey], tier: str, reason: str) -> None:
+        if keys:
+            event = Missed(tier=tier, keys=tuple(keys), reason=Reason(reason))
+            self._observers.tell(event)
 
     def load(self, what: Hit | Sequence[ChunkKey], start: int = 0) -> Iterator[Chunk]:
         """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
@@ -184,26 +187,26 @@ class CacheEngine:
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
-        tally = _Tally(self._observers)
+        loaded, stored = _Tally(), _Tally()
         full: set[int] = set()
         done = start
         try:
             while done < len(where):
-                for chunk, number in self._stream(keys, where, done):
+                for chunk, number in self._stream(keys, where, done, loaded):
                     done += 1
-                    tally.add("loaded", self._tiers[number], chunk)
-                    self._spread(chunk, keys, number, full, tally)
+                    self._spread(chunk, keys, number, full, stored)
                     yield chunk
                     del chunk
                 if done < len(where):
                     where[done:] = self._find_again(keys, where, done)
         finally:
-            tally.tell()
+            loaded.tell(Tier.tell_loaded)
+            stored.tell(Tier.tell_stored)
             for tier in self._tiers if done > start else ():
                 tier.touch(keys[:done])
 
     def _stream(
-        self, keys: Sequence[ChunkKey], where: Sequence[int], start: int
+        self, keys: Sequence[ChunkKey], where: Sequence[int], start: int, loaded: _Tally
     ) -> Iterator[tuple[Chunk, int]]:
         """Chunks from `start` on and their tiers, as far as each tier has what it should have."""
         arrivals: dict[int, _Arrivals] = {}
@@ -213,11 +216,13 @@ class CacheEngine:
                 if number not in arrivals:
                     mine = [i for i in range(index, len(where)) if where[i] == number]
                     arrivals[number] = _Arrivals(self._tiers[number], keys, mine)
+                begin = time.monotonic()
                 got = arrivals[number].take(index)
                 if isinstance(got, Miss):
                     return
                 if got.index != index:  # as the frame says, which may be a stranger's
                     got = dataclasses.replace(got, index=index)
+                loaded.add(self._tiers[number], got, time.monotonic() - begin)
                 yield got, number
                 del got
         finally:
@@ -239,7 +244,7 @@ class CacheEngine:
         keys: tuple[ChunkKey, ...],
         source: int,
         full: set[int],
-        tally: _Tally,
+        stored: _Tally,
     ) -> None:
         """Promote a chunk to the tiers above its source, as far as each takes the sequence, and
         offer it again to one below that had to drop it."""
@@ -248,12 +253,13 @@ class CacheEngine:
         for number, tier in enumerate(self._tiers):
             promote = number < source and number not in full and not from_memory
             if promote or (number > source and tier.lacks(chunk.key)):
+                begin = time.monotonic()
                 reason = tier.store(chunk, keys)
                 if reason:
                     full.add(number)
                     tier.drop([chunk.key], reason)
                 elif tier.in_memory:
-                    tally.add("stored", tier, chunk)
+                    stored.add(tier, chunk, time.monotonic() - begin)
 
     def store(
         self,
@@ -279,7 +285,7 @@ class CacheEngine:
             raise ValueError(f"{tokens} tokens; a chunk has 1 to {self.chunk_size}")
         keys = tuple(keys)
         new = self._new(keys, start)
-        tally = _Tally(self._observers)
+        stored = _Tally()
         taken = [0] * len(self._tiers)
         refused = [""] * len(self._tiers)
         try:
@@ -289,12 +295,13 @@ class CacheEngine:
                 room = HOST.allocate if refused[0] else self._tiers[0].room(keys[: index + 1])
                 chunk = _gather(namespace, keys[index], index, tokens, gather, room)
                 for n, tier in enumerate(self._tiers):
+                    begin = time.monotonic()
                     refused[n] = refused[n] or tier.store(chunk, keys)
                     taken[n] += not refused[n]
                     if tier.in_memory and not refused[n]:
-                        tally.add("stored", tier, chunk)
+                        stored.add(tier, chunk, time.monotonic() - begin)
         finally:
-            tally.tell()
+            stored.tell(Tier.tell_stored)
             for n, tier in enumerate(self._tiers):
                 if refused[n]:
                     tier.drop([keys[index] for index in new[taken[n] :]], refused[n])
@@ -308,9 +315,9 @@ class CacheEngine:
         present, _ = self._tiers[0].contains(keys[start:])
         return [i for i, there in zip(indices, present, strict=True) if not there]
 
-    def stats(self) -> dict[tuple[str, ...], int]:
-        """Counts by (event, labels ...), such as ("loaded", "disk") or
-        ("missed", "damaged", "disk"), in chunks or, where the event says so, bytes."""
+    def stats(self) -> dict[tuple[str, ...], float]:
+        """Counts by (name, labels ...), such as ("loaded", "disk") or ("missed", "damaged",
+        "disk"): chunks or, where the name says so, bytes or seconds. See docs/metrics.md."""
         return self._observers.counters.snapshot()
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -334,7 +341,7 @@ class CacheEngine:
         self._close.detach()
         self.load_gate = LoadGate([False] * len(self._tiers), lambda tier, state, cause: None)
         self._tiers = []
-        self._observers = Observers.silent()
+        self._observers.abandon()
 
     def __enter__(self) -> CacheEngine:
         return self
@@ -366,21 +373,29 @@ class _Arrivals:
         self._stream.close()
 
 
+class _Moved(NamedTuple):
+    """Chunks that one call moved from or to a tier, their sizes, and seconds that it took."""
+
+    keys: list[ChunkKey]
+    sizes: list[int]
+    seconds: list[float]
+
+
 class _Tally:
-    """What a load or store did, told to the observers once for each tier."""
+    """What one call moved, so that each tier tells of it once."""
 
-    def __init__(self, observers: Observers) -> None:
-        self._observers = observers
-        self._counts: dict[tuple[str, str], tuple[list[ChunkKey], list[int]]] = {}
+    def __init__(self) -> None:
+        self._moved: dict[Tier, _Moved] = {}
 
-    def add(self, event: str, tier: Tier, chunk: Chunk) -> None:
-        keys, sizes = self._counts.setdefault((event, tier.name), ([], []))
+    def add(self, tier: Tier, chunk: Chunk, seconds: float) -> None:
+        keys, sizes, times = self._moved.setdefault(tier, _Moved([], [], []))
         keys.append(chunk.key)
         sizes.append(chunk.nbytes)
+        times.append(seconds)
 
-    def tell(self) -> None:
-        for (event, tier), (keys, sizes) in self._counts.items():
-            self._observers.tell(event, tier=tier, keys=keys, nbytes=sum(sizes))
+    def tell(self, tell: Callable[[Tier, Sequence[ChunkKey], int, float], None]) -> None:
+        for tier, (keys, sizes, seconds) in self._moved.items():
+            tell(tier, keys, sum(sizes), sum(seconds))
 
 
 def _gather(
@@ -395,16 +410,15 @@ def _gather(
 def _open_tier(config: TierConfig, observers: Observers, whole: Config) -> Tier:
     try:
         backend = component("backends", config.backend)(config.options)
-    except Exception as error:  # a plugin's may be any
-        raise ConfigError(f"{config.where}: {str(error) or repr(error)}") from error
+    except BaseException as error:  # a plugin's may be any, SystemExit included
+        raise ConfigError(f"{config.where}: {cause(error)}") from error
     tier = Tier(config, backend, observers, whole.chunk_size)
     try:
         if whole.strict:
             tier.ping()
     except Exception as error:  # whatever the store's client raises
         tier.close(0.0)
-        cause = str(error) or repr(error)
-        raise ConfigError(f"{config.where}: does not answer: {cause}") from error
+        raise ConfigError(f"{config.where}: does not answer: {cause(error)}") from error
     return tier
 
 
@@ -412,9 +426,10 @@ def _judged(tiers: Sequence[Tier], number: int, state: str, cause: str) -> None:
     tiers[number].state_changed("loads")(state, cause)
 
 
-def _close(tiers: list[Tier]) -> None:
+def _close(tiers: list[Tier], observers: Observers) -> None:
     for tier in tiers:
         tier.close(DRAIN_SECONDS)
+    observers.close()
 
 
 _ENGINES: weakref.WeakSet[CacheEngine] = weakref.WeakSet()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -26,8 +27,27 @@ from lmcache_core.io.memory import HOST
 from lmcache_core.io.patience import SLOWEST, Flow, Patience
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
-from lmcache_core.plugins.log import LOG
+from lmcache_core.plugins import blame
+from lmcache_core.plugins.events import (
+    Bypassed,
+    Damaged,
+    Dropped,
+    Evicted,
+    Failed,
+    InUse,
+    Loaded,
+    LookedUp,
+    Missed,
+    Operation,
+    Path,
+    Reason,
+    Removed,
+    Stored,
+    by_namespace,
+)
+from lmcache_core.plugins.log import LOG, log
 from lmcache_core.plugins.observers import Observers
+from lmcache_core.plugins.secrets import masked
 
 T = TypeVar("T")
 
@@ -107,7 +127,8 @@ class Tier:
     def _ask(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
         nothing = [False] * len(keys)
         if self._reads.is_open:
-            return nothing, "open"
+            return nothing, Reason.BYPASSED
+        begin = time.monotonic()
         try:
             found = self._call(lambda: self._backend.contains(keys, self._deadline))
             if len(found) != len(keys):
@@ -115,6 +136,9 @@ class Tier:
         except Exception as error:
             return nothing, self._failed(self._reads, "lookup", error)
         self._reads.succeeded()
+        seconds = time.monotonic() - begin
+        event = LookedUp(tier=self.name, chunks=len(keys), found=sum(found), seconds=seconds)
+        self._observers.tell(event)
         return found, ""
 
     def fetch(self, keys: Sequence[ChunkKey]) -> Generator[tuple[int, Chunk | Miss], None, None]:
@@ -126,9 +150,9 @@ class Tier:
                 del left[i]
                 yield i, chunk
         wanted = [(i, keys[i]) for i in left]
-        reason = "evicted"  # the lookup a moment ago said that it is there
+        reason = Reason.EVICTED  # the lookup a moment ago said that it is there
         if self._reads.is_open:
-            reason, wanted = "open", []
+            reason, wanted = Reason.BYPASSED, []
         try:
             for i, got in self._arrivals(wanted):
                 if i in left:
@@ -226,12 +250,26 @@ class Tier:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             if error.reason != "unreadable":  # another version or serde of ours may read it
                 # Worthless, and in the way of the chunk when it is stored anew.
-                self._soon("delete", lambda: self._backend.delete([key], self._deadline))
-            self._missed([key], error.reason)
+                self._soon("delete", lambda: self._remove(key))
+            reason = Reason(error.reason)
+            self._observers.tell(
+                Damaged(tier=self.name, keys=(key,), reason=reason, cause=blame.cause(error))
+            )
+            self._missed([key], reason)
             return Miss(error.reason)
 
+    def _remove(self, key: ChunkKey) -> None:
+        self._backend.delete([key], self._deadline)
+        self._observers.tell(Removed(tier=self.name, keys=(key,)))
+
     def _missed(self, keys: Sequence[ChunkKey], reason: str) -> None:
-        self._observers.tell("missed", tier=self.name, reason=reason, keys=keys)
+        event = Missed(tier=self.name, keys=tuple(keys), reason=Reason(reason))
+        self._observers.tell(event)
+
+    def tell_loaded(self, keys: Sequence[ChunkKey], nbytes: int, seconds: float) -> None:
+        """These chunks, of one sequence, came from this tier in one load."""
+        event = Loaded(tier=self.name, keys=tuple(keys), nbytes=nbytes, seconds=seconds)
+        self._observers.tell(event)
 
     # Writing
 
@@ -262,7 +300,7 @@ class Tier:
             if not self.in_memory:
                 return self._writer.add(chunk, keys)
             if self._writes.is_open:
-                return "open"
+                return Reason.BYPASSED
             frames = [(chunk.key, frame.encode(chunk, self._pipeline, checksum=False))]
             stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
         except Exception as error:
@@ -281,7 +319,7 @@ class Tier:
         if not self._writer.behind:
             self._soon("touch", lambda: self._backend.touch(keys, self._deadline))
 
-    def _soon(self, operation: str, work: Callable[[], None]) -> None:
+    def _soon(self, operation: Operation, work: Callable[[], None]) -> None:
         """Tell the store something; memory at once, others after what waits to be written, unless
         they are bypassed then."""
         tell = partial(self._tell, operation, work)
@@ -290,7 +328,7 @@ class Tier:
         else:
             self._writer.call(tell)
 
-    def _tell(self, operation: str, work: Callable[[], None]) -> None:
+    def _tell(self, operation: Operation, work: Callable[[], None]) -> None:
         if self._writes.is_open:
             return
         try:
@@ -304,8 +342,9 @@ class Tier:
         """Returns how many chunks, from the first, the backend now has."""
         keys = [chunk.key for chunk in chunks]
         if self._writes.is_open:
-            self._drop(keys, "open")
+            self._drop(keys, Reason.BYPASSED)
             return 0
+        begin = time.monotonic()
         try:
             stored = self._put(chunks, chain)
         except Exception as error:
@@ -314,7 +353,7 @@ class Tier:
         self._writes.succeeded()
         if stored:
             nbytes = sum(chunk.nbytes for chunk in chunks[:stored])
-            self._observers.tell("stored", tier=self.name, keys=keys[:stored], nbytes=nbytes)
+            self.tell_stored(keys[:stored], nbytes, time.monotonic() - begin)
         self._drop(keys[stored:], "full")
         return stored
 
@@ -331,9 +370,14 @@ class Tier:
             return len(chunks)
         return keys.index(frames[stored][0])
 
+    def tell_stored(self, keys: Sequence[ChunkKey], nbytes: int, seconds: float) -> None:
+        """This tier now has these chunks, of one sequence."""
+        event = Stored(tier=self.name, keys=tuple(keys), nbytes=nbytes, seconds=seconds)
+        self._observers.tell(event)
+
     def _drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
-        if keys:
-            self._observers.tell("dropped", tier=self.name, reason=reason, keys=keys)
+        for some in by_namespace(keys):
+            self._observers.tell(Dropped(tier=self.name, keys=some, reason=Reason(reason)))
 
     # Trouble
 
@@ -341,31 +385,37 @@ class Tier:
         """What `work` returns; raises DeadlineExceeded where a store takes too long for it."""
         return work() if self.in_memory else self._workers.call(work, self._deadline)
 
-    def _failed(self, breaker: Breaker, operation: str, error: Exception) -> str:
+    def _failed(self, breaker: Breaker, operation: Operation, error: Exception) -> Reason:
         """Log and count a failure; returns the reason to count its chunks under."""
         late = isinstance(error, DeadlineExceeded | TimeoutError)
-        cause = str(error) or repr(error)
+        reason = Reason.DEADLINE if late else Reason.ERROR
+        cause = blame.cause(error)
+        log.debug("tier %s: %s: %s", self.name, operation, blame.culprit(error, self._backend))
         kind = f"{self.name} {operation} {type(error).__name__}"
         LOG.warn(kind, f"tier {self.name}: {operation} failed: {cause}")
+        event = Failed(tier=self.name, operation=operation, reason=reason, cause=cause)
+        self._observers.tell(event)
         breaker.failed(f"{operation}: {cause}", at_once=late)
-        return "deadline" if late else "error"
+        return reason
 
     def ping(self) -> None:
         """Return if the store answers; else raise what it raises, or DeadlineExceeded."""
         self._call(lambda: self._backend.ping(self._deadline))
 
-    def state_changed(self, path: str) -> Callable[[str, str], None]:
+    def state_changed(self, path: Path) -> Callable[[str, str], None]:
         """Who is to hear that a path, such as "reads", is "open", that is bypassed, or "closed"."""
 
         def changed(state: str, cause: str) -> None:
             text = f"tier {self.name}: {path} are {'bypassed' if state == 'open' else 'back'}"
             LOG.warn(f"{self.name} {path} {state}", f"{text}: {cause}")
-            self._observers.tell("tier_state", tier=self.name, path=path, state=state, cause=cause)
+            kind = Bypassed if state == "open" else InUse
+            self._observers.tell(kind(tier=self.name, path=path, cause=masked(cause)))
 
         return changed
 
     def _evicted(self, keys: Sequence[ChunkKey]) -> None:
-        self._observers.tell("evicted", tier=self.name, keys=keys)
+        for some in by_namespace(keys):
+            self._observers.tell(Evicted(tier=self.name, keys=some))
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until what was taken is stored or dropped; False where that takes longer."""

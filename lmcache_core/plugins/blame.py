@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
+from types import FunctionType, MethodType
+from typing import Any
 
 from lmcache_core.plugins.secrets import masked
 
@@ -27,23 +29,24 @@ def cause(error: BaseException) -> str:
 
 
 def culprit(error: BaseException, component: object, method: str = "") -> str:
-    """For a component's author: its class, and file and line of what raised; or of the method
-    whose result was wrong, where nothing of the component's is in the traceback. Never raises."""
-    kind = component if inspect.isclass(component) else type(component)
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    """For an author: the name of a class or function, and file and line of what raised; or of the
+    method whose result was wrong, where nothing of its file is in the traceback. Never raises."""
+    thing: Any = component
+    if not isinstance(component, type | FunctionType | MethodType):
+        thing = type(component)
+    name = f"{thing.__module__}.{thing.__qualname__}"
     try:
-        file, line = _definition(getattr(kind, method, kind))
+        file, line = _definition(getattr(thing, method, thing))
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename == file and frame.lineno:
                 line = frame.lineno
-    except BaseException:  # code without a file, say
+    except BaseException:  # without a file, as what is built in
         return name
     return f"{name} ({file}:{line})"
 
 
-def _definition(thing: object) -> tuple[str, int]:
-    code = getattr(inspect.unwrap(thing) if callable(thing) else thing, "__code__", None)
+def _definition(thing: Any) -> tuple[str, int]:
+    code = getattr(inspect.unwrap(thing), "__code__", None)
     if code is not None:
         return code.co_filename, code.co_firstlineno
-    file = inspect.getsourcefile(thing) or ""  # type: ignore[arg-type]
-    return file, inspect.getsourcelines(thing)[1]  # type: ignore[arg-type]
+    return inspect.getsourcefile(thing) or "", inspect.getsourcelines(thing)[1]

@@ -3,52 +3,58 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections import deque
 
-from lmcache_core.kv.keys import ChunkKey
-from lmcache_core.plugins.hooks import hookimpl
+from lmcache_core.plugins.events import Event
+from lmcache_core.plugins.metrics import METRICS, label_values
+
+_FOLD = 256
+"""Events that wait to be counted, at most about this many."""
 
 
 class Counters:
-    """Counts everything that the hooks tell, in chunks; `snapshot` is `CacheEngine.stats`."""
+    """Counts events, by metrics.py's table.
+
+    An event may be told at any moment, by a finalizer in the middle of any other call, this one's
+    included. So it is put aside, without a lock, and counted when somebody asks or many wait.
+    """
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, ...]] = Counter()
-        # Re-entrant: a load that nobody finished may be collected, and counted, at any allocation.
-        self._lock = threading.RLock()
+        self._events: deque[Event] = deque()
+        self._counts: dict[tuple[str, ...], float] = {}
+        self._lock = threading.Lock()
 
-    def _add(self, labels: tuple[str, ...], n: int) -> None:
-        with self._lock:
-            self._counts[labels] += n
+    def __repr__(self) -> str:
+        return f"Counters({self.snapshot()})"
 
-    @hookimpl
-    def lmcache_stored(self, tier: str, keys: Sequence[ChunkKey], nbytes: int) -> None:
-        self._add(("stored", tier), len(keys))
-        self._add(("stored_bytes", tier), nbytes)
+    def add(self, event: Event) -> None:
+        """Count an event."""
+        self._events.append(event)
+        if len(self._events) >= _FOLD:
+            self._fold(wait=0)
 
-    @hookimpl
-    def lmcache_loaded(self, tier: str, keys: Sequence[ChunkKey], nbytes: int) -> None:
-        self._add(("loaded", tier), len(keys))
-        self._add(("loaded_bytes", tier), nbytes)
+    def snapshot(self) -> dict[tuple[str, ...], float]:
+        """Counts by (name, labels ...), such as ("missed", "damaged", "disk"): those of chunks by
+        what was done to them, others as metrics are called."""
+        self._fold(wait=1)  # longer only where this thread itself was interrupted in `_fold`
+        return dict(self._counts)
 
-    @hookimpl
-    def lmcache_missed(self, tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
-        self._add(("missed", reason, tier), len(keys))
+    def _fold(self, wait: float) -> None:
+        if not self._lock.acquire(timeout=wait):
+            return
+        try:
+            while self._events:
+                event = self._events.popleft()
+                for name, metric in _BY_EVENT[type(event)]:
+                    key = (name, *label_values(event))
+                    self._counts[key] = self._counts.get(key, 0) + metric.amount(event)
+        finally:
+            self._lock.release()
 
-    @hookimpl
-    def lmcache_dropped(self, tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
-        self._add(("dropped", reason, tier), len(keys))
 
-    @hookimpl
-    def lmcache_evicted(self, tier: str, keys: Sequence[ChunkKey]) -> None:
-        self._add(("evicted", tier), len(keys))
-
-    @hookimpl
-    def lmcache_tier_state(self, tier: str, path: str, state: str) -> None:
-        self._add((f"tier_{state}", path, tier), 1)
-
-    def snapshot(self) -> dict[tuple[str, ...], int]:
-        """Counts by (event, labels ...), such as ("missed", "damaged", "disk")."""
-        with self._lock:
-            return dict(self._counts)
+_BY_EVENT = {
+    metric.event: [
+        (each.name.removesuffix("_chunks"), each) for each in METRICS if each.event is metric.event
+    ]
+    for metric in METRICS
+}

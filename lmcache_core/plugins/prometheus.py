@@ -1,52 +1,32 @@
-# ruff: noqa: D103 - the hooks document themselves in hooks.py
 """The Prometheus exporter: a plugin like any other, on prometheus_client's default registry."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from prometheus_client import Counter, Histogram
 
-from prometheus_client import Counter, Gauge
-
-from lmcache_core.kv.keys import ChunkKey
+from lmcache_core.plugins.events import Event
 from lmcache_core.plugins.hooks import hookimpl
+from lmcache_core.plugins.metrics import METRICS, Metric, label_values
 
-_STORED = Counter("lmcache_stored_chunks", "Chunks stored", ["tier"])
-_STORED_BYTES = Counter("lmcache_stored_bytes", "Bytes of KV stored", ["tier"])
-_LOADED = Counter("lmcache_loaded_chunks", "Chunks loaded", ["tier"])
-_LOADED_BYTES = Counter("lmcache_loaded_bytes", "Bytes of KV loaded", ["tier"])
-_MISSED = Counter("lmcache_missed_chunks", "Chunks looked for and not had", ["tier", "reason"])
-_DROPPED = Counter("lmcache_dropped_chunks", "Chunks not stored", ["tier", "reason"])
-_EVICTED = Counter("lmcache_evicted_chunks", "Chunks removed to make room", ["tier"])
-_OPEN = Gauge("lmcache_tier_bypassed", "1 while the tier is bypassed", ["tier", "path"])
+BUCKETS = tuple(digit * 10.0**power for power in range(-5, 2) for digit in (1, 2.5, 5))
+"""Seconds: from a lookup in memory to a prompt from a store far away."""
 
 
-@hookimpl
-def lmcache_stored(tier: str, keys: Sequence[ChunkKey], nbytes: int) -> None:
-    _STORED.labels(tier).inc(len(keys))
-    _STORED_BYTES.labels(tier).inc(nbytes)
+def _exported(metric: Metric) -> Counter | Histogram:
+    name = f"lmcache_{metric.name}"
+    if metric.in_seconds:
+        return Histogram(name, metric.help, metric.labels, buckets=BUCKETS)
+    return Counter(name, metric.help, metric.labels)
 
 
-@hookimpl
-def lmcache_loaded(tier: str, keys: Sequence[ChunkKey], nbytes: int) -> None:
-    _LOADED.labels(tier).inc(len(keys))
-    _LOADED_BYTES.labels(tier).inc(nbytes)
+_EXPORTED = [(metric, _exported(metric)) for metric in METRICS]
 
 
 @hookimpl
-def lmcache_missed(tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
-    _MISSED.labels(tier, reason).inc(len(keys))
-
-
-@hookimpl
-def lmcache_dropped(tier: str, reason: str, keys: Sequence[ChunkKey]) -> None:
-    _DROPPED.labels(tier, reason).inc(len(keys))
-
-
-@hookimpl
-def lmcache_evicted(tier: str, keys: Sequence[ChunkKey]) -> None:
-    _EVICTED.labels(tier).inc(len(keys))
-
-
-@hookimpl
-def lmcache_tier_state(tier: str, path: str, state: str) -> None:
-    _OPEN.labels(tier, path).set(state == "open")
+def lmcache_event(event: Event) -> None:
+    """Count an event."""
+    values = label_values(event)
+    for metric, exported in _EXPORTED:
+        if isinstance(event, metric.event):
+            one, amount = exported.labels(*values), metric.amount(event)
+            one.observe(amount) if isinstance(one, Histogram) else one.inc(amount)

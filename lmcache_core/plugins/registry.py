@@ -8,13 +8,16 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from lmcache_core.errors import ConfigError, UnknownComponent
+from lmcache_core.plugins.blame import cause
+from lmcache_core.plugins.secrets import masked
 
-Group = Literal["backends", "serdes", "connectors", "eviction"]
+Group = Literal["backends", "serdes", "connectors", "eviction", "plugins"]
 _SINGULAR = {
     "backends": "backend",
     "serdes": "serde",
     "connectors": "connector",
     "eviction": "eviction policy",
+    "plugins": "plugin",
 }
 
 
@@ -22,14 +25,13 @@ def component(group: Group, name: str) -> Any:
     """The class that `name` stands for, such as ("backends", "disk").
 
     Raises UnknownComponent, with the known names, for one that no installed package brings, and
-    ConfigError where its import fails, such as for a client library that is not installed.
+    ConfigError where two bring it, or where its import fails, such as for a client library that is
+    not installed.
     """
-    entry = _entries(group).get(name)
-    if entry is None:
-        raise UnknownComponent(_unknown(group, name))
+    entry = _entry(group, name)
     try:
         return entry.load()
-    except Exception as error:  # a plugin's import may raise anything
+    except BaseException as error:  # a plugin's import may raise anything, SystemExit included
         raise ConfigError(_not_importable(group, entry, error)) from error
 
 
@@ -38,20 +40,45 @@ def known(group: Group) -> list[str]:
     return sorted(_entries(group))
 
 
+def described(group: Group, name: str) -> str:
+    """A component's name and its distribution's, for people. Raises as `component` does."""
+    return f"{name!r} of {_distribution(_entry(group, name))}"
+
+
+def _entry(group: Group, name: str) -> EntryPoint:
+    entries = _entries(group).get(name, ())
+    if len(entries) == 1:
+        return entries[0]
+    if not entries:
+        raise UnknownComponent(_unknown(group, name))
+    # Which one is meant nobody can say, and one that takes another's name may be no accident.
+    owners = " and ".join(sorted(map(_distribution, entries)))
+    raise ConfigError(f"{_SINGULAR[group]} {name!r} is brought by {owners}; uninstall all but one")
+
+
 @lru_cache(maxsize=8)
-def _entries(group: Group) -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=f"lmcache_core.{group}")}
+def _entries(group: Group) -> dict[str, list[EntryPoint]]:
+    entries: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=f"lmcache_core.{group}"):
+        entries.setdefault(entry.name, []).append(entry)
+    return entries
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
 def _unknown(group: Group, name: str) -> str:
     names = known(group)
     close = difflib.get_close_matches(name, names, 1, cutoff=0.5)
     hint = f", did you mean {close[0]!r}?" if close else "."
-    return f"unknown {_SINGULAR[group]} {name!r}{hint} Known: {', '.join(names) or 'none'}"
+    known_ones = ", ".join(names) or "none"
+    return f"unknown {_SINGULAR[group]} {masked(repr(name))}{hint} Known: {known_ones}"
 
 
-def _not_importable(group: Group, entry: EntryPoint, error: Exception) -> str:
-    text = f"{_SINGULAR[group]} {entry.name!r} cannot be imported: {error}"
+def _not_importable(group: Group, entry: EntryPoint, error: BaseException) -> str:
+    text = f"{_SINGULAR[group]} {entry.name!r} of {_distribution(entry)} cannot be imported: "
+    text += cause(error)
     if isinstance(error, ModuleNotFoundError) and entry.extras:
         package = entry.dist.name if entry.dist else "lmcache-core"
         text += f"; install {package}[{','.join(entry.extras)}]"

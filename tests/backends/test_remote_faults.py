@@ -222,7 +222,7 @@ def test_a_connection_that_hangs_among_others_that_flow_is_found_out(
             while not stop.is_set():
                 loaded(cache, large_keys, is_right)
 
-        given_up = ("tier_open", "reads", cache.tiers[0].name)
+        given_up = ("bypassed", "reads", cache.tiers[0].name)
         with ThreadPoolExecutor(4) as threads, contextlib.ExitStack() as stack:
             others = [threads.submit(go_on) for _ in range(4)]
             stack.callback(stop.set)

@@ -34,7 +34,7 @@ class Cache:
         self.config = config
         self.counts: defaultdict[str, float] = defaultdict(float)
         """What the connector counts itself; see `stats.py`."""
-        self._told: dict[tuple[str, ...], int] = {}
+        self._told: dict[tuple[str, ...], float] = {}
         self._lock = threading.Lock()
 
     @property

@@ -432,7 +432,7 @@ def test_a_damaged_chunk_is_not_waited_for_where_deleting_hangs(
     with opened(disk(tmp_path, deadline="3s")) as cache:
         stalled.on("delete")
         assert loaded(cache, keys, is_right) == 2
-        assert eventually(lambda: cache.stats().get(("tier_open", "writes", "disk")) == 1)
+        assert eventually(lambda: cache.stats().get(("bypassed", "writes", "disk")) == 1)
         assert not cache.bypassed(0)
         assert loaded(cache, others, is_right) == 6
         stalled.off()
@@ -513,13 +513,13 @@ def test_a_store_that_hangs_costs_one_deadline_and_comes_back(
         assert cache.bypassed(0)
         before = stalled.calls
         assert cache.lookup(keys).chunks == 0  # bypassed: nothing is asked, nothing waits
-        assert missed(cache) == {"deadline": 4, "open": 4}
+        assert missed(cache) == {"deadline": 4, "bypassed": 4}
         assert stalled.calls == before or cache._tiers[0]._reads.is_open
         stalled.off()
         assert eventually(lambda: loaded(cache, keys, is_right) == 4)
         assert not cache.bypassed(0)
-        assert cache.stats()["tier_open", "reads", "disk"] == 1
-        assert cache.stats()["tier_closed", "reads", "disk"] == 1
+        assert cache.stats()["bypassed", "reads", "disk"] == 1
+        assert cache.stats()["in_use", "reads", "disk"] == 1
 
 
 @pytest.mark.parametrize("method", ["contains", "get", "put", "touch", "delete", "close"])
@@ -562,7 +562,7 @@ def test_a_failing_write_does_not_stop_reads(
             cache.flush()
         assert dropped(cache)["error"] >= 3
         assert sum(dropped(cache).values()) == 16
-        assert cache.stats()["tier_open", "writes", "disk"] >= 1
+        assert cache.stats()["bypassed", "writes", "disk"] >= 1
         assert loaded(cache, keys, is_right) == 4
 
 

@@ -148,5 +148,5 @@ def test_the_engine_does_not_look_where_loading_does_not_pay(
     else:
         assert hit.chunks == 0
         assert stats["missed", "slow", "far"] == 3
-        assert stats["tier_open", "loads", "far"] == 1
+        assert stats["bypassed", "loads", "far"] == 1
         assert "tier far: loads are bypassed: loading takes" in caplog.text

@@ -30,7 +30,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_closest() -> None:
 
 def test_a_missing_client_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("far", "no_such_module:Far [redis]", "lmcache_core.backends")
-    monkeypatch.setattr(module, "_entries", lambda group: {"far": entry})
+    monkeypatch.setattr(module, "_entries", lambda group: {"far": [entry]})
     with pytest.raises(ConfigError, match=r"no_such_module.*install lmcache-core\[redis\]"):
         component("backends", "far")
 
@@ -42,7 +42,7 @@ def test_lint_keeps_plugins_from_every_module_of_the_core() -> None:
     rooms = {
         f"lmcache_core.{file.parent.name}" for file in (root / "lmcache_core").glob("*/__init__.py")
     }
-    assert set(forbidden) == rooms
+    assert set(forbidden) == rooms - {"lmcache_core.connector"}  # public, as a folder
 
 
 def test_importing_the_core_imports_no_plugin_and_no_client_library() -> None:

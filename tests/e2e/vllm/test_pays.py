@@ -40,7 +40,7 @@ def test_a_store_slower_than_computing_is_bypassed_and_comes_back(
         began = time.monotonic()
         assert answers(llm, bypassed) == [cold[pays.LOADS]]
         assert time.monotonic() - began < seconds
-        assert stats(llm)["tier_open", "loads", "disk"] == 1
+        assert stats(llm)["bypassed", "loads", "disk"] == 1
         seconds = 0.0
         while not connector(llm)._scheduler._cache.engine.load_gate.allows(0):
             time.sleep(0.1)
