@@ -8,8 +8,9 @@ from lmcache_core.backend import (
     host_register,
     start_thread,
 )
-from lmcache_core.config.models import Config, SerdeConfig, TierConfig, strict_requested
-from lmcache_core.config.models import load as load_config
+from lmcache_core.config.loading import load as load_config
+from lmcache_core.config.loading import strict_requested
+from lmcache_core.config.models import Config, SerdeConfig, TierConfig
 from lmcache_core.engine.engine import CacheEngine, Gather, open
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.errors import (

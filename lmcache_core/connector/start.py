@@ -6,7 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lmcache_core.config.models import Config, load, strict_requested
+from lmcache_core.config.loading import load, strict_requested
+from lmcache_core.config.models import Config
 from lmcache_core.errors import ConfigError
 
 log = logging.getLogger("lmcache_core")

@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from lmcache_core.backend import Allocate
-from lmcache_core.config.models import Config, TierConfig, load
+from lmcache_core.config.loading import load
+from lmcache_core.config.models import Config, TierConfig
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.engine.load_gate import LoadGate
 from lmcache_core.engine.tier import Miss, Tier

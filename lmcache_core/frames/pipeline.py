@@ -13,7 +13,7 @@ from lmcache_core.io.buffers import Buffers
 from lmcache_core.io.device import to_host
 from lmcache_core.io.memory import HOST
 from lmcache_core.kv.layout import Tensors
-from lmcache_core.plugins.registry import component
+from lmcache_core.plugins.registry import component, reloaded
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 
 _MAX_READERS = 64
@@ -154,8 +154,7 @@ def _complete(serdes: Sequence[Serde]) -> list[Serde]:
         raise ConfigError(f"impossible serde order [{names}]: a step that seals is the last")
     if 1 not in kinds:
         raw = component("serdes", "raw")
-        middle = kinds.count(0)
-        serdes = [*serdes[:middle], raw(raw.Options()), *serdes[middle:]]
+        serdes = sorted([*serdes, raw(raw.Options())], key=_kind)  # each kind keeps its order
     if len(serdes) > MAX_STEPS:
         raise ConfigError(f"{len(serdes)} serdes [{names}]; at most {MAX_STEPS}")
     return list(serdes)
@@ -165,4 +164,5 @@ def _kind(serde: Serde) -> int:
     for kind, base in enumerate((TensorsToTensors, TensorsToBytes, BytesToBytes)):
         if isinstance(serde, base):
             return kind
-    raise ConfigError(f"serde {serde!r} is none of the three kinds")
+    fault = reloaded(type(serde), Serde) or "is none of the three kinds"
+    raise ConfigError(f"serde {serde.name!r} {fault}")

@@ -83,3 +83,13 @@ def _not_importable(group: Group, entry: EntryPoint, error: BaseException) -> st
         package = entry.dist.name if entry.dist else "lmcache-core"
         text += f"; install {package}[{','.join(entry.extras)}]"
     return text
+
+
+def reloaded(cls: Any, base: type) -> str:
+    """Says so of a class that derives from what `base` was before its module was reloaded; ""
+    of any other."""
+    full = (base.__module__, base.__qualname__)
+    bases = cls.mro() if isinstance(cls, type) else []
+    if base not in bases and full in ((each.__module__, each.__qualname__) for each in bases):
+        return "is older than lmcache_core, which was reloaded: restart the process"
+    return ""

@@ -8,7 +8,8 @@ port follows, and in a query is left out: `redis://user:word@host:6379/0` become
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 LONGEST = 80
 """Characters of a value that are shown."""
@@ -52,18 +53,32 @@ def masked(text: str) -> str:
     return _ASSIGNED.sub(rf"\g<name>\g<is>{MASK}", _URL.sub(_masked, text))
 
 
-def shown(value: object, key: str = "") -> str:
-    """A value that was found under `key`, for an error or a repr: short, and without secrets."""
+def shown(value: object, key: str = "", depth: int = 3) -> str:
+    """A value that was found under `key`, for an error or a repr: short, and without secrets.
+
+    What is nested deeper than `depth` is left out.
+    """
     if names_secret(key):
         return f"{MASK} (not shown)"
-    if isinstance(value, Mapping):
-        inner = (f"{masked(str(name))}: {shown(each, str(name))}" for name, each in value.items())
-        return _short("{" + ", ".join(inner) + "}")
-    if isinstance(value, list | tuple):
-        return _short("[" + ", ".join(shown(each) for each in value) + "]")
+    if isinstance(value, Mapping | list | tuple):
+        return _short(_nested(value, depth - 1) if depth else "...")
     if isinstance(value, str):
         return _short(repr(_text(value)))
-    return _short(masked(repr(value)))
+    try:
+        return _short(masked(repr(value)))
+    except Exception:  # a number of thousands of digits, or a class of somebody's
+        return f"a {type(value).__name__}"
+
+
+def _nested(value: Mapping[Any, Any] | Sequence[Any], depth: int) -> str:
+    if isinstance(value, Mapping):
+        inner = (f"{_name(name)}: {shown(each, str(name), depth)}" for name, each in value.items())
+        return "{" + ", ".join(inner) + "}"
+    return "[" + ", ".join(shown(each, "", depth) for each in value) + "]"
+
+
+def _name(key: object) -> str:
+    return _text(key) if isinstance(key, str) else shown(key)
 
 
 def names_secret(key: str) -> bool:

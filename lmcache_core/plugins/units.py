@@ -34,7 +34,7 @@ def _size(value: object) -> int:
 
 
 def _duration(value: object, info: ValidationInfo) -> float:
-    written = isinstance(value, str) or WRITTEN in (info.context or ())
+    written = isinstance(value, str) or bool(info.context and info.context.get(WRITTEN))
     number, unit = _split(str(value))
     if written and unit == "" and number > 0:
         raise ValueError(f"expected a duration with its unit: {number:g}ms, {number:g}s or such")

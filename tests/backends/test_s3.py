@@ -22,7 +22,7 @@ import lmcache_core
 from lmcache_backends.s3 import backend as s3
 from lmcache_backends.s3.backend import S3Backend, S3Options
 from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, StorageError, Tensors
-from lmcache_core.config.models import load as load_config
+from lmcache_core.config.loading import load as load_config
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import LONG, NBYTES, allocate, get, here, key, keys, put, value
 from tests.certificates import Authority, Pair

@@ -87,7 +87,7 @@ def parse_url(text: str) -> Url:
     """Raises ValueError, which never quotes the url: it may hold a password."""
     try:
         parts = urlsplit(text)
-        if parts.scheme != "memcached" or parts.query or parts.fragment:
+        if not text.startswith("memcached://") or parts.query or parts.fragment:
             raise ValueError
         login, place = Login.parse(parts.netloc)
         if place and parts.path in ("", "/"):

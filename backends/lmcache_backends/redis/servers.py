@@ -42,6 +42,8 @@ def parse_url(text: str) -> Url:
     try:
         parts = urlsplit(text)
         query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+        if "://" not in text:
+            raise ValueError
         login, place = Login.parse(parts.netloc)
         path = parts.path
         if parts.scheme == "unix":

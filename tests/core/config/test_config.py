@@ -25,7 +25,7 @@ from lmcache_core import (
     TierConfig,
 )
 from lmcache_core.config import models as config
-from lmcache_core.config.models import load
+from lmcache_core.config.loading import load
 from lmcache_core.plugins import registry as components
 
 GOOD = """\
@@ -184,9 +184,9 @@ def test_all_mistakes_are_named_at_once(tmp_path: Path) -> None:
     [
         ("", "cache.yaml:1: expected keys such as chunk_size and tiers; found an empty file"),
         ("- a", "cache.yaml:1: expected keys"),
-        ("tiers: []", "cache.yaml:1: tiers: list should have at least 1 item"),
+        ("tiers: []", "cache.yaml:1: tiers: expected a list of tiers, at least one; found []"),
         ("chunk_size: 3", "tiers: required, but not there"),
-        ("tiers: 3", "cache.yaml:1: tiers: expected a valid list; found 3"),
+        ("tiers: 3", "cache.yaml:1: tiers: expected a list of tiers, at least one; found 3"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, text: str, says: str) -> None:
