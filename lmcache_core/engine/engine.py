@@ -30,6 +30,7 @@ from lmcache_core.kv.tensors import views
 from lmcache_core.plugins.blame import cause
 from lmcache_core.plugins.events import Missed, Reason, by_namespace
 from lmcache_core.plugins.observers import Observers
+from lmcache_core.plugins.options import Bounded
 from lmcache_core.plugins.registry import component
 
 DRAIN_SECONDS = 30.0
@@ -76,7 +77,7 @@ class CacheEngine:
         extra: dict[str, str] = dict(fields.pop("extra", {}))
         self._observers.add_to_namespace(extra, fields)
         namespace = Namespace(**fields, extra=extra)
-        self._check_capacities(namespace.layout.bytes_per_token * self.chunk_size)
+        self._check_capacities(namespace)
         return namespace
 
     def warm(self, namespaces: Sequence[Namespace]) -> None:
@@ -89,14 +90,16 @@ class CacheEngine:
         with contextlib.suppress(RuntimeError):  # no thread can be had
             start_thread(partial(HOST.warm, sizes), "lmcache-warm")
 
-    def _check_capacities(self, nbytes: int) -> None:
-        for tier in self._config.tiers:
-            capacity = getattr(tier.options, "capacity", None)
-            compressed = any(serde.name != "raw" for serde in tier.serde)
-            if capacity is not None and capacity < nbytes and not compressed:
+    def _check_capacities(self, namespace: Namespace) -> None:
+        for tier, config in zip(self._tiers, self._config.tiers, strict=False):
+            if not isinstance(config.options, Bounded):
+                continue
+            capacity, sized = config.options.capacity, tier.raw_bytes(namespace, self.chunk_size)
+            needed = config.options.bytes_for(sized)
+            if capacity < needed and all(serde.name == "raw" for serde in config.serde):
                 raise ConfigError(
-                    f"{tier.where}.capacity: {capacity} bytes are less than one chunk; for this "
-                    f"model {self.chunk_size} tokens take {nbytes} bytes"
+                    f"{config.where}.capacity: {capacity} bytes hold no chunk; for this model "
+                    f"{self.chunk_size} tokens take {needed} bytes, with the head of their frame"
                 )
 
     def keys(self, namespace: Namespace, token_ids: TokenIds) -> list[ChunkKey]:

@@ -27,6 +27,7 @@ from lmcache_core.io.memory import HOST
 from lmcache_core.io.patience import SLOWEST, Flow, Patience
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
+from lmcache_core.kv.namespace import Namespace
 from lmcache_core.plugins import blame
 from lmcache_core.plugins.events import (
     Bypassed,
@@ -313,6 +314,10 @@ class Tier:
         if keys:
             self._writer.missing(keys)
             self._drop(keys, reason)
+
+    def raw_bytes(self, namespace: Namespace, tokens: int) -> int:
+        """Bytes of a chunk's frame here, where no serde changes how many there are."""
+        return frame.raw_bytes(namespace, tokens, self._pipeline)
 
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """The sequence was used."""

@@ -99,8 +99,7 @@ class Head:
     @property
     def payload(self) -> int:
         """Where the payload begins."""
-        end = HEADER + self.length
-        return end + -end % _ALIGN
+        return payload_start(self.length)
 
 
 class Header(NamedTuple):
@@ -113,6 +112,12 @@ class Header(NamedTuple):
     """Bytes that the chunk may take at any step."""
     plain: bool
     """The specs are those of the layout, so that no serde changed the tensors."""
+
+
+def payload_start(header: int) -> int:
+    """Where the payload begins, behind a header of so many bytes."""
+    end = HEADER + header
+    return end + -end % _ALIGN
 
 
 def write_head(

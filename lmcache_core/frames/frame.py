@@ -9,13 +9,21 @@ from __future__ import annotations
 import struct
 
 from lmcache_core.errors import FrameError, LayoutError
-from lmcache_core.frames.format import HEADER, Head, parse_header, write_head, write_header
+from lmcache_core.frames.format import (
+    HEADER,
+    Head,
+    parse_header,
+    payload_start,
+    write_head,
+    write_header,
+)
 from lmcache_core.frames.limits import MAX_FRAME_BYTES, MAX_HEADER_BYTES, most_bytes
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.io.buffers import Buffers
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.kv.layout import TensorSpec
+from lmcache_core.kv.namespace import Namespace
 from lmcache_core.serde import ChunkInfo
 
 
@@ -39,6 +47,14 @@ def encode(chunk: Chunk, pipeline: Pipeline, *, checksum: bool = True) -> list[m
         )
     head = write_head(chunk.key, chunk.tokens, chunk.index, header, payload, checksum=checksum)
     return [head, *payload]
+
+
+def raw_bytes(namespace: Namespace, tokens: int, pipeline: Pipeline) -> int:
+    """Bytes of the frame of a chunk of `tokens` tokens, its head with it, where no serde changes
+    how many there are."""
+    specs = namespace.layout.tensors(tokens)
+    header = write_header(pipeline.steps, tuple(specs), namespace.document)
+    return payload_start(len(header)) + sum(spec.nbytes for spec in specs)
 
 
 def decode(

@@ -28,6 +28,10 @@ class Options(BaseModel):
         `capacity` is warned of."""
         return None
 
+    def bytes_for(self, frame: int) -> int:
+        """Bytes of `capacity` that a frame of so many bytes takes."""
+        return frame
+
     @classmethod
     def from_lmcache(cls, url: str, extra: dict[str, Any]) -> dict[str, Any]:
         """The keys here for LMCache's `remote_url` of one of the backend's schemes.

@@ -74,6 +74,10 @@ class ShmOptions(Options):
         """The pool's name."""
         return self.pool
 
+    def bytes_for(self, frame: int) -> int:
+        """Whole pages."""
+        return frame + -frame % PAGE
+
     def medium_bytes(self) -> int:
         """Of the file system for shared memory."""
         return file_system_bytes(DIRECTORY)
