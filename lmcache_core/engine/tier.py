@@ -9,13 +9,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lmcache_core.backend import Allocate, StorageBackend
 from lmcache_core.config.models import TierConfig
 from lmcache_core.engine.breaker import Breaker
+from lmcache_core.engine.unreadable import Unreadable
 from lmcache_core.engine.write_behind import WriteBehind
 from lmcache_core.errors import DeadlineExceeded, FrameError, StorageError
 from lmcache_core.frames import frame
@@ -90,6 +91,7 @@ class Tier:
         self._backend = backend
         self._pipeline = Pipeline([serde.create() for serde in config.serde])
         self._chunk_size = chunk_size
+        self._unreadable = Unreadable()
         self._deadline = config.deadline
         self._flow = Flow(config.deadline)
         self._observers = observers
@@ -137,6 +139,7 @@ class Tier:
         except Exception as error:
             return nothing, self._failed(self._reads, "lookup", error)
         self._reads.succeeded()
+        found = self._unreadable.hide(keys, found)
         seconds = time.monotonic() - begin
         event = LookedUp(tier=self.name, chunks=len(keys), found=sum(found), seconds=seconds)
         self._observers.tell(event)
@@ -158,6 +161,7 @@ class Tier:
             for i, got in self._arrivals(wanted):
                 if i in left:
                     del left[i]
+                    self._suspect(got, (keys[n] for n in left if n > i))
                     yield i, got
                 del got
             if wanted:
@@ -168,6 +172,12 @@ class Tier:
             self._missed([keys[i] for i in left], reason)
         for i in left:
             yield i, Miss(reason)
+
+    def _suspect(self, got: Chunk | Miss, following: Iterable[ChunkKey]) -> None:
+        """What follows a frame that is not read here mostly is not either, and nobody reads on to
+        find out."""
+        if isinstance(got, Miss) and got.reason == "unreadable":
+            self._unreadable.add(following)
 
     def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
         if self.in_memory:
@@ -244,24 +254,29 @@ class Tier:
 
     def _decode(self, parts: Buffers, key: ChunkKey) -> Chunk | Miss:
         try:
-            return frame.decode(
+            chunk = frame.decode(
                 parts, key, self._pipeline, self._chunk_size, verify=not self.in_memory
             )
         except FrameError as error:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
+            self._unreadable.add([key])
             if error.reason != "unreadable":  # another version or serde of ours may read it
-                # Worthless, and in the way of the chunk when it is stored anew.
-                self._soon("delete", lambda: self._remove(key))
+                self._soon("delete", lambda: self._remove([key]))
             reason = Reason(error.reason)
             self._observers.tell(
                 Damaged(tier=self.name, keys=(key,), reason=reason, cause=blame.cause(error))
             )
             self._missed([key], reason)
             return Miss(error.reason)
+        self._unreadable.discard([key])
+        return chunk
 
-    def _remove(self, key: ChunkKey) -> None:
-        self._backend.delete([key], self._deadline)
-        self._observers.tell(Removed(tier=self.name, keys=(key,)))
+    def _remove(self, keys: Sequence[ChunkKey]) -> None:
+        """Delete frames that are worthless here, and in the way of what is stored anew."""
+        if keys:
+            self._backend.delete(keys, self._deadline)
+            self._unreadable.discard(keys)
+            self._observers.tell(Removed(tier=self.name, keys=tuple(keys)))
 
     def _missed(self, keys: Sequence[ChunkKey], reason: str) -> None:
         event = Missed(tier=self.name, keys=tuple(keys), reason=Reason(reason))
@@ -303,6 +318,7 @@ class Tier:
             if self._writes.is_open:
                 return Reason.BYPASSED
             frames = [(chunk.key, frame.encode(chunk, self._pipeline, checksum=False))]
+            self._remove(self._unreadable.among([chunk.key]))
             stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
         except Exception as error:
             return self._failed(self._writes, "store", error)
@@ -365,10 +381,12 @@ class Tier:
     def _put(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
         keys = [chunk.key for chunk in chunks]
         there = self._call(lambda: self._backend.contains(keys, self._deadline))
+        there = self._unreadable.hide(keys, there)
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
         jobs = [self._encoders.submit(partial(frame.encode, c, self._pipeline)) for c in missing]
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         nbytes = sum(part.nbytes for _, parts in frames for part in parts)
+        self._call(lambda: self._remove(self._unreadable.among(keys)))
         timeout = self._deadline + nbytes / SLOWEST
         stored = self._workers.call(lambda: self._backend.put(frames, chain, timeout), timeout)
         if stored >= len(frames):
