@@ -23,7 +23,7 @@ Zlib = SHOWN["Zlib"]
 @pytest.fixture(autouse=True)
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = EntryPoint("zlib", f"{__name__}:Zlib", "lmcache_core.serdes")
-    monkeypatch.setitem(components._entries("serdes"), "zlib", entry)
+    monkeypatch.setitem(components._entries("serdes"), "zlib", [entry])
 
 
 class TestZlib(SerdeConformance):

@@ -49,7 +49,7 @@ class Node:
         Returns what each prompt found and loaded."""
         with pytest.MonkeyPatch.context() as patch:
             entries = registry._entries
-            more = {n: EntryPoint(n, f"{__name__}:Turned", "") for n in self.has}
+            more = {n: [EntryPoint(n, f"{__name__}:Turned", "")] for n in self.has}
             patch.setattr(
                 registry,
                 "_entries",
