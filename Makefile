@@ -5,6 +5,7 @@
 # make bench-serde   what each serde saves and costs: docs/serdes.md
 # make bench-shm     the shared-memory tier beside its limits: docs/shm.md
 # make bench-vllm    time to first token of real vLLM, beside its own prefix cache: docs/vllm.md
+# make fuzz   a million forged frames through every serde: docs/security.md
 # make lint   ruff, mypy, import-linter
 #
 # Each sets up what it needs in .venv. PYTHON=python3.12 picks another interpreter.
@@ -20,7 +21,7 @@ PYTEST_ARGS ?=
 PIP := python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test setup python bench bench-remote bench-serde bench-shm bench-vllm lint clean
+.PHONY: demo test setup python bench bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -53,6 +54,9 @@ bench-shm: $(READY)
 bench-vllm: $(READY) $(VLLM)/.ready
 	sh .ci/servers
 	$(BIN)/python benchmarks/bench_vllm.py --vllm $(VLLM)/bin/python --write
+
+fuzz: $(READY)
+	$(BIN)/python -m tests.serde.fuzz
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -50,6 +51,7 @@ _BLOCK = 16
 _NAMESPACE = 16
 """Bytes of the context that name the namespace: the chunk key begins with its digest."""
 _KEY_FILE_BYTES = 1024
+_LOOKS_LIKE_A_KEY = re.compile("[0-9a-fA-F]{64}")
 
 
 class KeySource(Options):
@@ -150,6 +152,10 @@ def _fingerprint(key: bytes) -> int:
 
 
 def _read_key(source: KeySource) -> bytes:
+    if _LOOKS_LIKE_A_KEY.fullmatch(source.key_env or str(source.key_file)):
+        raise ConfigError(
+            "encrypt: expected the name of a file or variable; found a key (not shown)"
+        )
     if source.key_env is not None:
         where = f"the variable {source.key_env}"
         data = os.environb.get(os.fsencode(source.key_env))

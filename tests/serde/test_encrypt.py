@@ -151,6 +151,9 @@ def test_equal_chunks_do_not_look_equal() -> None:
         ({"key_env": "KV_KEY", "key_file": "x"}, "expected either key_file or key_env"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "the variable NO_SUCH_VARIABLE is not set"),
         ({"key_file": "/no/such/file"}, "/no/such/file cannot be read: No such file"),
+        ({"key_env": "a9" * 32}, "found a key .not shown."),
+        ({"keys": [{"key_file": "a9" * 32}]}, "found a key .not shown."),
+        ({"keys": ["a9" * 32]}, r"found '\*\*\*'"),
         ({"key_env": "SHORT"}, "the variable SHORT must hold 32 bytes"),
     ],
 )
@@ -159,5 +162,6 @@ def test_a_missing_or_wrong_key_is_a_config_error(
 ) -> None:
     monkeypatch.setenv("SHORT", "abc")
     tier = {"backend": "local_cpu", "capacity": 9, "serde": [{"encrypt": options}]}
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=says) as raised:
         lmcache_core.open({"tiers": [tier]})
+    assert "a9a9" not in str(raised.value)
