@@ -15,11 +15,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 
-from lmcache_core.config.problems import Problems, closest, in_environment, shown_key
+from lmcache_core.config.problems import Problems, closest, in_environment
 from lmcache_core.errors import ConfigError
 from lmcache_core.plugins.log import LOG, log
 from lmcache_core.plugins.registry import component, known
-from lmcache_core.plugins.secrets import masked, shown
+from lmcache_core.plugins.secrets import masked, shown, shown_key
 from lmcache_core.plugins.units import unquoted
 
 _PREFIX = "LMCACHE_"
@@ -302,8 +302,14 @@ class _Translation:
         use_local = self._settings.use_local is not False
         if use_local and self._memory_is_on():
             self._memory()
-        for directory in self._settings.local_disk if use_local else ():
+        directories = self._settings.local_disk if use_local else []
+        for directory in directories:
             self._disk(directory)
+        if len(directories) > 1:
+            self.notes.append(
+                "each directory of local_disk is a tier, and each tier holds every chunk: "
+                "a striped volume (LVM, RAID 0) would hold more"
+            )
         if self._settings.use_remote is not False:
             self._remote()
         self._extra_features()
@@ -399,7 +405,7 @@ def backend_of(url: str) -> tuple[str, Any]:
             return name, cls
         schemes += takes
     if not scheme:
-        raise ConfigError(f"expected a url such as redis://host:6379; found {shown(url)}")
+        raise ConfigError(f"expected a url such as redis://host:6379; found {shown(url, 'url')}")
     understood = ", ".join(f"{each}://" for each in schemes)
     raise ConfigError(
         "; ".join([f"no equivalent for {scheme}://. Understood: {understood}", *hints])

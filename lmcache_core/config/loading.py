@@ -27,12 +27,15 @@ _NOTHING = f"""nothing says where KV is to be stored. One of:
                        {{"backend": "local_cpu", "capacity": "8GiB"}}]}})"""
 
 
-def load(source: str | Path | Mapping[str, Any] | Config | None = None) -> Config:
+def load(
+    source: str | Path | Mapping[str, Any] | Config | None = None, written_in: str = ""
+) -> Config:
     """A Config from a YAML file, a mapping, or (None) the environment.
 
     The environment names a file in LMCACHE_CONFIG_FILE or holds LMCache's own LMCACHE_* settings;
-    a file may hold LMCache's own keys, too. What is odd, though possible, is logged once. Raises
-    ConfigError, which lists all that is wrong.
+    a file may hold LMCache's own keys, too. `written_in`: what a person wrote a mapping down in,
+    for messages; as in a file, its durations have units. What is odd, though possible, is logged
+    once. Raises ConfigError, which lists all that is wrong.
     """
     if isinstance(source, Config):
         return source
@@ -42,6 +45,7 @@ def load(source: str | Path | Mapping[str, Any] | Config | None = None) -> Confi
         data, places = _from_environment(os.environ)
     elif isinstance(source, Mapping):
         data = source
+        places = {(): written_in} if written_in else {}
     else:
         data, places = positions.read(_path(source))
     with Problems(places) as problems:

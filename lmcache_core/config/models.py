@@ -102,7 +102,7 @@ class Config(_Model):
     load: "when_faster" than computing, where the engine tells how fast it computes, or "always".
     """
 
-    chunk_size: int = Field(default=256, ge=1, strict=True)
+    chunk_size: int = Field(default=256, ge=1, le=1 << 20, strict=True)
     strict: bool = Field(default=False, strict=True)
     load: Literal["when_faster", "always"] = "when_faster"
     tiers: tuple[TierConfig, ...] = Field(min_length=1)
@@ -126,6 +126,8 @@ _NO_TIER = TierConfig.model_construct(backend="", options=_NO_OPTIONS)
 def config(data: Any, problems: Problems) -> Config | None:
     """A Config from plain data; None, with the problems noted, where something is wrong."""
     data = problems.mapping(data, ())
+    if data is None:
+        return None
     if "tiers" in data:
         built = [tier(each, path, problems) for path, each in _entries(data["tiers"], problems)]
         tiers = _named_apart([each or _NO_TIER for each in built] or [_NO_TIER])
@@ -146,7 +148,7 @@ def tier(data: Any, path: KeyPath, problems: Problems) -> TierConfig | None:
     if isinstance(data, TierConfig):
         return data
     data = problems.mapping(data, path)
-    if not data:
+    if data is None:
         return None
     own = {key: value for key, value in data.items() if key in _TIER_KEYS}
     rest = {key: value for key, value in data.items() if key not in own}
@@ -240,12 +242,13 @@ def _serde(entry: Any, path: KeyPath, problems: Problems) -> SerdeConfig | None:
     if isinstance(entry, str):
         entry = {"name": entry}
     entry = problems.mapping(entry, path)
-    if not entry:
-        return None
-    if "name" not in entry and len(entry) == 1:
+    if entry is not None and "name" not in entry and len(entry) == 1:
         name, options = next(iter(entry.items()))
         path = (*path, name)
-        entry = {**problems.mapping({} if options is None else options, path), "name": name}
+        entry = problems.mapping({} if options is None else options, path)
+        entry = None if entry is None else {**entry, "name": name}
+    if entry is None:
+        return None
     name = {key: entry.pop(key) for key in ("name",) if key in entry}
     options = _options("serdes", name.get("name"), entry, path, problems)
     built = problems.check(SerdeConfig, {**name, "options": options or _NO_OPTIONS}, path)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from lmcache_core.config.positions import KeyPath
 from lmcache_core.errors import ConfigError
-from lmcache_core.plugins.secrets import masked, shown
+from lmcache_core.plugins.secrets import masked, shown, shown_key
 from lmcache_core.plugins.units import WRITTEN
 
 M = TypeVar("M", bound=BaseModel)
@@ -70,12 +70,12 @@ class Problems:
             self.add(path, f"cannot be checked: {type(error).__name__}: {masked(str(error))}")
         return None
 
-    def mapping(self, data: Any, path: KeyPath) -> dict[str, Any]:
-        """`data` as keys and values; {}, with the problem noted, where it is none."""
+    def mapping(self, data: Any, path: KeyPath) -> dict[str, Any] | None:
+        """`data` as keys and values; None, with the problem noted, where it is something else."""
         if isinstance(data, Mapping) and all(isinstance(key, str) for key in data):
             return dict(data)
         self.add(path, f"expected keys and values; found {shown(data)}")
-        return {}
+        return None
 
     def __enter__(self) -> Problems:
         return self
@@ -95,12 +95,6 @@ def closest(name: str, names: Sequence[str]) -> str:
 def _text(path: KeyPath) -> str:
     steps = (f"[{step}]" if isinstance(step, int) else f".{shown_key(step)}" for step in path)
     return "".join(steps).removeprefix(".")
-
-
-def shown_key(name: str) -> str:
-    """A key as it may be shown: a value may stand there by mistake."""
-    plain = name.isidentifier() or name.replace("-", "_").isidentifier()
-    return name if plain and len(name) <= 64 else shown(name)
 
 
 def _fields_at(model: type[BaseModel], path: KeyPath) -> list[str]:

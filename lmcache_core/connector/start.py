@@ -28,7 +28,7 @@ def read_config(entry: Mapping[str, Any], where: str) -> Config:
         raise ConfigError(
             f"{where}: expected either config_file or its keys; found {', '.join(own)}"
         )
-    config = load(file or own or None)
+    config = load(file or own or None, where)
     return config.model_copy(update={"strict": config.strict or is_strict(entry)})
 
 

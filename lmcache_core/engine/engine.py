@@ -133,7 +133,7 @@ class CacheEngine:
     def tiers(self) -> tuple[TierInfo, ...]:
         """What a tier's number stands for."""
         return tuple(
-            TierInfo(tier.name, config.backend, tier.in_memory)
+            TierInfo(tier.name, config.backend, tier.in_memory, config.backend_class.medium)
             for tier, config in zip(self._tiers, self._config.tiers, strict=False)
         )
 

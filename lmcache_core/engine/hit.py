@@ -32,3 +32,5 @@ class TierInfo(NamedTuple):
     backend: str
     in_memory: bool
     """Whether loading from it takes no longer than copying memory."""
+    medium: str = "server"
+    """What the bytes lie in: "memory", "disk", "server" or "object store"."""

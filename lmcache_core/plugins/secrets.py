@@ -63,7 +63,8 @@ def shown(value: object, key: str = "", depth: int = 3) -> str:
     if isinstance(value, Mapping | list | tuple):
         return _short(_nested(value, depth - 1) if depth else "...")
     if isinstance(value, str):
-        return _short(repr(_text(value)))
+        no_url = key.endswith("url") and "://" not in value and "@" not in value
+        return f"{MASK} (no url)" if no_url and value.strip() else _short(repr(_text(value)))
     try:
         return _short(masked(repr(value)))
     except Exception:  # a number of thousands of digits, or a class of somebody's
@@ -79,6 +80,12 @@ def _nested(value: Mapping[Any, Any] | Sequence[Any], depth: int) -> str:
 
 def _name(key: object) -> str:
     return _text(key) if isinstance(key, str) else shown(key)
+
+
+def shown_key(name: str) -> str:
+    """A key, where a value may stand by mistake."""
+    plain = len(name) <= LONGEST and re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", name)
+    return name if plain else shown(name)
 
 
 def names_secret(key: str) -> bool:

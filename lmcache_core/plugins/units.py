@@ -18,6 +18,8 @@ _SIZES = {"": 1, "b": 1} | {
     for power, prefix in enumerate("kmgt")
     for suffix, base in (("ib", 1024), ("b", 1000))
 }
+_LARGEST = (1 << 63) - 1
+"""Bytes that an operating system can count."""
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _NUMBER = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
@@ -28,14 +30,14 @@ def _size(value: object) -> int:
         number, unit = _split(value)
         if unit in _SIZES:
             value = math.floor(number * _SIZES[unit])
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST:
         return value
     raise ValueError("expected a size such as 8GiB, 500MB or a number of bytes, above 0")
 
 
 def _duration(value: object, info: ValidationInfo) -> float:
     written = isinstance(value, str) or bool(info.context and info.context.get(WRITTEN))
-    number, unit = _split(str(value))
+    number, unit = _split(str(value) if isinstance(value, str | int | float) else "")
     if written and unit == "" and number > 0:
         raise ValueError(f"expected a duration with its unit: {number:g}ms, {number:g}s or such")
     if isinstance(value, str) and unit in _SECONDS:

@@ -18,6 +18,7 @@ import lmcache_core
 from lmcache_connectors.vllm.shape import Shape, chunk_tokens, share_as
 from lmcache_core import (
     Config,
+    ConfigError,
     TensorsToBytes,
     TensorsToTensors,
     TierConfig,
@@ -73,23 +74,22 @@ class _Caches:
     """One for each config in this process."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[Cache, int]] = {}
+        self._used: list[Cache] = []
+        """Each as often as it has users."""
         self._lock = threading.Lock()
 
     def acquire(self, config: Config) -> Cache:
-        name = repr((config, [tier.options for tier in config.tiers]))
         with self._lock:
-            cache, users = self._open.get(name) or (Cache(config), 0)
-            self._open[name] = cache, users + 1
+            same = (cache for cache in self._used if cache.config == config)
+            cache = next(same, None) or Cache(config)
+            self._used.append(cache)
         return cache
 
     def release(self, cache: Cache) -> None:
         with self._lock:
-            name, users = next((n, u) for n, (each, u) in self._open.items() if each is cache)
-            if users > 1:
-                self._open[name] = cache, users - 1
+            self._used.remove(cache)
+            if cache in self._used:
                 return
-            del self._open[name]
         cache.engine.close()
 
 
@@ -125,9 +125,11 @@ def _one_process(config: VllmConfig) -> bool:
 
 def _shared(tier: TierConfig) -> TierConfig:
     """The tier, or in place of private memory a pool that is known by its size."""
-    if tier.backend != "local_cpu":
+    if tier.backend_class.locality != "process":
         return tier
-    options: Any = tier.options
-    settings = {"backend": "shm", "capacity": options.capacity, "pool": f"vllm-{options.capacity}"}
+    capacity = getattr(tier.options, "capacity", None)
+    if capacity is None:
+        raise ConfigError(f"{tier.where}: is one process's, and vLLM has several: use shm instead")
+    settings = {"backend": "shm", "capacity": capacity, "pool": f"vllm-{capacity}"}
     kept = {"name": tier.name, "serde": tier.serde, "deadline": tier.deadline}
     return TierConfig.model_validate(settings | kept).model_copy(update={"where": tier.where})

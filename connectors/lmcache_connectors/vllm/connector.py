@@ -136,7 +136,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         tokens: dict[Any, int] = {}
         for tier, n in self._scheduler.sources(request) if self._scheduler else ():
             unknown = CacheHitSource.EXTERNAL_UNSPECIFIED
-            disk = CacheHitSource.DISK if tier.backend == "disk" else unknown
+            disk = CacheHitSource.DISK if tier.medium == "disk" else unknown
             source = CacheHitSource.HOST if tier.in_memory else disk
             tokens[source] = tokens.get(source, 0) + n
         return tokens

@@ -315,7 +315,7 @@ def test_a_faulty_plugin_is_a_config_error_at_its_place(
 ) -> None:
     group, target, says = PLUGINS[fault]
     entry = EntryPoint("mine", target, f"lmcache_core.{group}")
-    monkeypatch.setitem(components._entries(group), "mine", entry)
+    monkeypatch.setitem(components._entries(group), "mine", [entry])
     file = tmp_path / "cache.yaml"
     tier = (
         "backend: mine"
