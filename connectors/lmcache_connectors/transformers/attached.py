@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import types
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -14,13 +15,19 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lmcache_connectors._sharing import shared_namespace
 from lmcache_connectors.transformers.call import Call, pads_of
-from lmcache_connectors.transformers.identity import refuse_state, signature
+from lmcache_connectors.transformers.identity import Identity, Observer, has_adapter
 from lmcache_connectors.transformers.layers import Pair, columns_of, filled, note, stop_noting
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_connectors.transformers.shape import Shape
-from lmcache_core import CacheEngine, Hit, Namespace, Tensors, copy_exact, tenant_digest
+from lmcache_connectors.transformers.trial import Trial
+from lmcache_core import CacheEngine, ConfigError, Hit, Tensors, copy_exact, tenant_digest
 
 log = logging.getLogger("lmcache_core")
+
+IDENTITIES = 64
+"""Identities whose KV is remembered: adapters that are switched to and fro."""
+_AGAIN = object()
+"""In place of an output: generate has to run anew, without us."""
 
 
 def attach(
@@ -30,29 +37,57 @@ def attach(
 
     `tenant`: a salt; callers with different salts share nothing. `share_as`: a name that you give
     to the same model in other engines, too (vLLM's `share_as`), so that they share KV; it ends
-    where the weights change or an adapter is active. Raises ValueError for both at once and where
-    the model has a cache already, and ConfigError where a tier cannot hold one chunk of its KV.
+    where what the model computes changes or PEFT was at it. Raises ValueError for both at once and
+    where the model has a cache already, and ConfigError where a tier cannot hold one chunk of its
+    KV. Whatever else is the matter, the model generates as without us, and a log line says why.
 
-    Weights may change meanwhile. Only what PyTorch counts is noticed, though: after a change in
-    place through `.data` or in inference mode, attach again.
+    Weights, adapters, attributes and code may change meanwhile: what the model computes is
+    observed at every call (docs/identity.md). Copies of the model are not attached.
     """
-    if isinstance(_owner(model), Attached):
+    if _attached(model):
         raise ValueError("the model is attached already; detach it first")
     if tenant and share_as:
         raise ValueError("a tenant's KV is not shared with other engines: no share_as")
     attached = Attached(model, cache, tenant, share_as)
-    model.generate = attached._generate
+    model.generate = types.MethodType(_serving(attached), model)
+    attached.look()
     return attached
 
 
 def detach(model: PreTrainedModel) -> None:
     """Give the model its own `generate` back; nothing happens where it has it."""
-    if isinstance(_owner(model), Attached):
+    attached = _attached(model)
+    if attached:
+        attached.detach()
+
+
+def _serving(attached: Attached) -> Any:
+    """What a model has for `generate` while it is attached.
+
+    A method that is bound to the model: a deep copy binds it to itself, and pickle takes the name
+    for the class's own.
+    """
+
+    @functools.wraps(type(attached.model).generate)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if self is attached.model:
+            return attached.generate(args, kwargs)
+        self.__dict__.pop("generate", None)  # a copy
+        return self.generate(*args, **kwargs)
+
+    generate._lmcache = attached  # type: ignore[attr-defined]
+    return generate
+
+
+def _attached(model: PreTrainedModel) -> Attached | None:
+    """What the model is attached by, which for a copy is nothing."""
+    method = model.__dict__.get("generate")
+    attached = getattr(getattr(method, "__func__", None), "_lmcache", None)
+    if isinstance(attached, Attached):
+        if attached.model is model:
+            return attached
         del model.generate
-
-
-def _owner(model: PreTrainedModel) -> object:
-    return getattr(model.__dict__.get("generate"), "_lmcache", None)
+    return None
 
 
 class Attached:
@@ -61,34 +96,40 @@ class Attached:
     def __init__(
         self, model: PreTrainedModel, cache: CacheEngine, tenant: str, share_as: str
     ) -> None:
-        self._model, self._cache = model, cache
+        self.model, self._cache = model, cache
         self._share_as = share_as
-        self._attached_to: Namespace | None = None
+        self._attached_to: Identity | None = None
         self._tenant = tenant_digest(tenant) if tenant else ""
-        self._own_generate = model.generate
+        self._own = model.__dict__.get("generate")
         self._said: set[str] = set()
-        self._known: WeakKeyDictionary[DynamicCache, list[int]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[DynamicCache, _Known] = WeakKeyDictionary()
         parameters = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._takes_positions = "position_ids" in parameters
-        self._seen: object = None
-        self._shape: Shape | NotCacheable = NotCacheable("a model not looked at yet")
+        self._observer = Observer(model)
+        self._shapes: dict[Identity, Shape | NotCacheable] = {}
+        self._tried: dict[bytes, NotCacheable | None] = {}
+
+    def __repr__(self) -> str:
+        known = [each.namespace for each in self._shapes.values() if isinstance(each, Shape)]
+        return f"Attached({type(self.model).__name__}, {len(known)} identities, {self._observer})"
+
+    def look(self) -> None:
+        """Try the model, and say why its KV cannot be reused. Raises ConfigError."""
         try:
             self._current()
-        except NotCacheable as reason:
-            self._say(str(reason))
-
-        @functools.wraps(self._own_generate)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            return self._served(args, kwargs)
-
-        generate._lmcache = self  # type: ignore[attr-defined]
-        self._generate = generate
+        except ConfigError:
+            self.detach()
+            raise
+        except Exception as error:
+            self._say_why(error)
 
     def detach(self) -> None:
         """Give the model its own `generate` back."""
-        if _owner(self._model) is self:
-            detach(self._model)
+        if _attached(self.model) is self:
+            del self.model.generate
+            if self._own is not None:
+                self.model.generate = self._own
 
     def __enter__(self) -> Attached:
         return self
@@ -110,9 +151,9 @@ class Attached:
         try:
             prompt = self._prompt(input_ids, attention_mask)
             return prompt.cache, prompt.columns
-        except NotCacheable as reason:
-            self._say(str(reason))
-            return DynamicCache(config=self._model.config.get_text_config(decoder=True)), 0
+        except Exception as error:
+            self._say_why(error)
+            return DynamicCache(config=self.model.config.get_text_config(decoder=True)), 0
 
     def store(
         self,
@@ -122,72 +163,114 @@ class Attached:
     ) -> int:
         """Store the KV that `cache` holds of `input_ids` ([batch, tokens]); returns new chunks.
 
-        Layers with a sliding window can be stored only from a cache that `load_prefix` made.
+        Layers with a sliding window can be stored only from a cache that `load_prefix` made. Of
+        such a cache nothing is stored where the model has changed since; that a cache of your own
+        holds what the model computes now is for you to know.
         Positions must count from each row's first real token, as generate's do.
         """
         try:
             shape = self._current()
             pads = self._pads(input_ids, attention_mask)
             length = min(cache.get_seq_length(), input_ids.shape[1])
-            known = self._known.get(cache, [0] * len(pads))
+            known = self._known.get(cache, _Known(shape.identity, [0] * len(pads)))
+            if known.identity != shape.identity:
+                raise NotCacheable("a model that changed while it computed")
             rows = [
-                _Row(input_ids[n, pad:length].cpu(), pad, known[n]) for n, pad in enumerate(pads)
+                _Row(input_ids[n, pad:length].cpu(), pad, known.chunks[n])
+                for n, pad in enumerate(pads)
             ]
             return sum(self._store_row(shape, cache, n, row) for n, row in enumerate(rows))
-        except NotCacheable as reason:
-            self._say(str(reason))
+        except Exception as error:
+            self._say_why(error)
             return 0
 
     # generate
 
-    def _served(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own, with what is stored of the prompt."""
         try:
-            call = Call(self._model, self._own_generate, args, kwargs)
+            call = Call(self.model, self._own_generate, args, kwargs)
             prompt = self._prompt(call.input_ids, call.attention_mask, call.repeats)
-        except NotCacheable as reason:
-            self._say(str(reason))
-            return self._own_generate(*args, **kwargs)
+            note(prompt.cache, prompt.columns, prompt.mask.shape[1] - prompt.columns)
         except Exception as error:  # a fault of ours must not be the caller's
-            self._say(f"an unexpected {error!r}")
+            self._say_why(error)
             return self._own_generate(*args, **kwargs)
-        cache = {"attention_mask": prompt.mask, self._cache_argument: prompt.cache}
-        output = self._own_generate(**{**call.arguments, **cache})
+        output = self._with_prefix(call, prompt)
         try:
-            self._store_output(prompt, output, call.eos)
+            if output is not _AGAIN:
+                self._store_output(prompt, output, call.eos)
         except Exception as error:
-            self._say(f"an output that could not be stored ({error!r})")
-        stop_noting(prompt.cache)
-        return output
+            self._say_why(error)
+        finally:
+            stop_noting(prompt.cache)
+        return self._own_generate(**call.arguments) if output is _AGAIN else output
+
+    def _with_prefix(self, call: Call, prompt: _Prompt) -> Any:
+        """Generate's output, or _AGAIN where it fails with our cache before any token is out."""
+        cache = {"attention_mask": prompt.mask, self._cache_argument: prompt.cache}
+        try:
+            return self._own_generate(**{**call.arguments, **cache})
+        except Exception as error:
+            if call.any_token or prompt.cache.get_seq_length() > prompt.mask.shape[1]:
+                raise
+            self._say_why(error, "a failure with a cache")
+        call.again()
+        return _AGAIN
+
+    @property
+    def _own_generate(self) -> Any:
+        """What the model would have for `generate` without us."""
+        if self._own is not None:
+            return self._own
+        return types.MethodType(type(self.model).generate, self.model)
+
+    def _say_why(self, error: Exception, what: str = "an unexpected") -> None:
+        self._say(str(error) if isinstance(error, NotCacheable) else f"{what} {error!r}")
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            name = type(self._model).__name__
+            name = type(self.model).__name__
             log.warning("%s generates without cached KV where there is %s", name, reason)
 
     def _current(self) -> Shape:
-        """What the model's KV is now. Weights that changed since the last call change it."""
-        refuse_state(self._model)
-        seen = signature(self._model)
-        if seen != self._seen:
-            try:
-                self._shape = self._shared(
-                    Shape.of(self._model, self._cache, self._cache_argument, self._tenant)
-                )
-            except NotCacheable as reason:
-                self._shape = reason
-            self._seen = seen
-        if isinstance(self._shape, NotCacheable):
-            raise NotCacheable(*self._shape.args)
-        return self._shape
+        """What the model's KV is now."""
+        if "prepare_inputs_for_generation" in self.model.__dict__:
+            raise NotCacheable("inputs that a wrapper prepares within generate")
+        identity = self._observer.identity()
+        shape = self._shapes.pop(identity, None) or self._learn(identity)
+        self._shapes[identity] = shape
+        while len(self._shapes) > IDENTITIES:
+            del self._shapes[next(iter(self._shapes))]
+        if isinstance(shape, NotCacheable):
+            raise NotCacheable(*shape.args)
+        return shape
+
+    def _learn(self, identity: Identity) -> Shape | NotCacheable:
+        """What the KV of an identity is that was not met before."""
+        self._attached_to = self._attached_to or identity
+        try:
+            shape = Shape.of(self.model, self._cache, self._cache_argument, identity, self._tenant)
+            if identity.frame not in self._tried:
+                self._tried[identity.frame] = self._try_out()
+            return self._tried[identity.frame] or self._shared(shape)
+        except NotCacheable as reason:
+            return reason
+
+    def _try_out(self) -> NotCacheable | None:
+        try:
+            Trial(self.model, self._cache_argument, self._takes_positions).run()
+        except NotCacheable as reason:
+            return reason
+        except Exception as error:
+            return NotCacheable(f"a model that does not go on from a cache ({error!r})")
+        return None
 
     def _shared(self, shape: Shape) -> Shape:
         """The same under the name that other engines know, while the model is what it was."""
-        self._attached_to = self._attached_to or shape.namespace
-        changed = shape.namespace != self._attached_to or shape.namespace.adapter
-        if not self._share_as or changed:
+        if not self._share_as or shape.identity != self._attached_to or has_adapter(self.model):
             return shape
-        config = self._model.config.get_text_config(decoder=True)
+        config = self.model.config.get_text_config(decoder=True)
         layout = shape.namespace.layout
         namespace = shared_namespace(self._cache, self._share_as, config, layout)
         return shape._replace(namespace=namespace)
@@ -214,9 +297,9 @@ class Attached:
             columns = min(columns, pad + loaded * size)
             known += [loaded] * repeats
         columns = columns if any(known) else 0
-        cache = filled(self._model, prefix, columns)
+        cache = filled(self.model, prefix, columns)
         note(cache, columns)
-        self._known[cache] = known
+        self._known[cache] = _Known(shape.identity, known)
         all_pads = [pad for pad in pads for _ in range(repeats)]
         mask = torch.ones_like(input_ids) if mask is None else mask
         return _Prompt(shape, cache, columns, all_pads, known, mask)
@@ -250,16 +333,23 @@ class Attached:
     def _store_output(self, prompt: _Prompt, output: Any, eos: frozenset[int]) -> None:
         sequences = (output if isinstance(output, torch.Tensor) else output.sequences).cpu()
         # The last token's KV has not been computed.
-        if prompt.cache.get_seq_length() < sequences.shape[1] - 1:
-            raise RuntimeError("generate did not fill the cache that it was given")
+        if prompt.cache.get_seq_length() != sequences.shape[1] - 1:
+            raise NotCacheable("a generate that does not put each token into its cache")
         width = prompt.mask.shape[1]
+        rows = []
         for n, pad in enumerate(prompt.pads):
             end = sequences.shape[1] - 1
             for column in range(width, end):  # what follows a row's end is padding
                 if int(sequences[n, column]) in eos:
                     end = column + 1
                     break
-            row = _Row(sequences[n, pad:end], pad, prompt.known[n])
+            rows.append(_Row(sequences[n, pad:end], pad, prompt.known[n]))
+        size = self._cache.chunk_size
+        if not any(len(row.tokens) // size > row.known for row in rows):
+            return
+        if self._observer.identity() != prompt.shape.identity:
+            raise NotCacheable("a model that changed while it computed")
+        for n, row in enumerate(rows):
             self._store_row(prompt.shape, prompt.cache, n, row)
 
     def _store_row(self, shape: Shape, cache: DynamicCache, number: int, row: _Row) -> int:
@@ -273,6 +363,13 @@ class Attached:
                 copy_exact(tensor, source)
 
         return self._cache.store(shape.namespace, keys, gather, start=row.known)
+
+
+class _Known(NamedTuple):
+    """What computed a cache's KV, and how many chunks of each row are stored."""
+
+    identity: Identity
+    chunks: list[int]
 
 
 class _Prompt(NamedTuple):

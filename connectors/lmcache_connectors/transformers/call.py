@@ -51,6 +51,19 @@ class Call:
         self.eos = frozenset(torch.as_tensor([] if eos is None else eos).view(-1).long().tolist())
         if self.attention_mask is None:
             self._refuse_pads()
+        self._streamer = None
+        if self.arguments.get("streamer") is not None:
+            self._streamer = self.arguments["streamer"] = Streamed(self.arguments["streamer"])
+
+    @property
+    def any_token(self) -> bool:
+        """Whether a token has gone to the caller's streamer."""
+        return self._streamer is not None and self._streamer.any_token
+
+    def again(self) -> None:
+        """The call runs anew."""
+        if self._streamer is not None:
+            self._streamer.again()
 
     def _option(self, name: str) -> Any:
         """An option of generation, from wherever generate would take it."""
@@ -110,3 +123,36 @@ def pads_of(input_ids: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
     if not torch.equal(there, left) or int(mask.max()) > 1 or int(pads.max()) == mask.shape[1]:
         raise NotCacheable("padding that is not on the left")
     return [int(pad) for pad in pads]
+
+
+class Streamed:
+    """A caller's streamer, and how much it was given: nothing is put twice."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._puts = 0
+        self._skip = 0
+
+    @property
+    def any_token(self) -> bool:
+        """Whether more than the prompt went out."""
+        return self._puts > 1
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt first, then each token."""
+        if self._skip:
+            self._skip -= 1
+            return
+        self._puts += 1
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        """As the streamer's."""
+        self._streamer.end()
+
+    def again(self) -> None:
+        """Generate begins anew: what it puts again has gone out."""
+        self._skip = self._puts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streamer, name)

@@ -1,86 +1,90 @@
-"""What a model computes: its weights, adapters and state."""
+"""Identity: what a model computes, observed anew at every call.
+
+A walk says what hangs on the model; it is spared while its guards hold. The bytes of all tensors
+are read every time. Two equal identities compute the same KV from the same tokens.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from typing import Any
+import os
+import threading
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
-from transformers import PreTrainedModel
 
-from lmcache_connectors._sharing import config_digest
 from lmcache_connectors.transformers.refusal import NotCacheable
+from lmcache_connectors.transformers.walk import Walk
+from lmcache_core import NoContent, tensor_digests
 
 
-def refuse_state(model: PreTrainedModel) -> None:
-    """Raise NotCacheable where the model computes just now what its weights do not say."""
-    if torch.is_autocast_enabled(model.device.type):
+class Identity(NamedTuple):
+    """Digests of what a model computes."""
+
+    whole: bytes
+    frame: bytes
+    """Without parameters: all that may decide whether a token's KV stands for its prefix."""
+
+
+class Observer:
+    """Observes a model. Threads may share it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._walk: Walk | None = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Observer({self._walk})"
+
+    def identity(self) -> Identity:
+        """What the model computes now. Raises NotCacheable where that cannot be known."""
+        walk = self._current_walk()
+        if walk.refusals:
+            raise NotCacheable(walk.refusals[0])
+        world = _world(self._model)
+        try:
+            digests = tensor_digests(walk.tensors)
+        except NoContent as error:
+            raise NotCacheable(str(error)) from error
+        whole, frame = xxhash.xxh3_128(walk.digest + world), xxhash.xxh3_128(walk.digest + world)
+        for tensor, digest in zip(walk.tensors, digests, strict=True):
+            part = tensor.device.type.encode() + digest
+            whole.update(part)
+            frame.update(b"" if isinstance(tensor, torch.nn.Parameter) else part)
+        for buffer in walk.buffers:
+            digest = xxhash.xxh3_128_digest(np.ascontiguousarray(buffer).view(np.uint8).data)
+            whole.update(digest)
+            frame.update(digest)
+        return Identity(whole.digest(), frame.digest())
+
+    def _current_walk(self) -> Walk:
+        with self._lock:
+            walk = self._walk
+            if walk is None or not walk.guards.hold() or not _holds(walk.environment):
+                self._walk = None  # should this one fail
+                self._walk = walk = Walk(self._model)
+            return walk
+
+
+def _holds(environment: dict[str, str | None]) -> bool:
+    return all(os.environ.get(name) == value for name, value in environment.items())
+
+
+def _world(model: torch.nn.Module) -> bytes:
+    """What torch computes by just now, for all models. Raises NotCacheable where it is changed."""
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    if device != "meta" and torch.is_autocast_enabled(device):
         raise NotCacheable("autocast")
-    for module in model.modules():
-        if _drops(module):
-            raise NotCacheable("a model in training mode")
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            function = getattr(hook, "func", hook)
-            # Transformers' own only collect outputs, and stay once somebody has asked for them.
-            if not str(getattr(function, "__module__", "")).startswith("transformers."):
-                raise NotCacheable("a forward hook, which may change what the model computes")
+    modules: Any = torch.nn.modules.module
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        raise NotCacheable("a global forward hook, which may want to see the whole prompt")
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        raise NotCacheable("a mode that changes what torch computes")
+    return f"{torch.get_default_dtype()} {torch.get_float32_matmul_precision()}".encode()
 
 
-def _drops(module: torch.nn.Module) -> bool:
-    """Whether a module may drop something, as in training. Plain layers without dropout do not;
-    peft's are in training mode when they are new."""
-    if isinstance(module, torch.nn.Dropout):
-        return module.training and module.p > 0
-    return module.training and not type(module).__module__.startswith(("torch.nn.", "peft."))
-
-
-def signature(model: PreTrainedModel) -> object:
-    """Changes with the weights, without reading them, and with the config."""
-    config = model.config.get_text_config(decoder=True)
-    return (
-        [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model)],
-        adapters(model),
-        attention(config),
-        config_digest(config),
-    )
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """XXH3-128 over all weights and buffers: names, dtypes, shapes and bytes."""
-    state = xxhash.xxh3_128()
-    named = (*model.named_parameters(), *model.named_buffers())
-    try:
-        for name, tensor in named:
-            state.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            state.update(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise NotCacheable(f"weights that cannot be read ({error})") from error
-    return state.hexdigest()
-
-
-def _tensors(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                yield tensor
-
-
-def adapters(model: PreTrainedModel) -> str:
-    """Which adapters are active or merged, and how strongly: no weight of peft tells."""
-    if not getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, "peft_config"):
-        return ""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
-    states = [
-        [getattr(m, name, None) for name in names]
-        for m in model.modules()
-        if hasattr(m, "scaling") and hasattr(m, "active_adapters")
-    ]
-    return hashlib.blake2b(repr(states).encode(), digest_size=16).hexdigest()
-
-
-def attention(config: Any) -> str:
-    """The name of the attention implementation."""
-    return str(getattr(config, "_attn_implementation", ""))
+def has_adapter(model: torch.nn.Module) -> bool:
+    """Whether PEFT has been at the model: its adapters are nothing that another engine knows."""
+    return getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")

@@ -23,6 +23,8 @@ class WithRoom(DynamicLayer):
     """
 
     room: Pair
+    awaited: int | None
+    """Columns that the first update must bring."""
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -31,6 +33,7 @@ class WithRoom(DynamicLayer):
     ) -> Pair:
         """As DynamicLayer's."""
         keys, values = self.__dict__.pop("room")
+        _expect(self.__dict__.pop("awaited"), key_states)
         self.__class__ = DynamicLayer
         start = self.get_seq_length()
         end = start + key_states.shape[2]
@@ -49,11 +52,14 @@ class Noting(DynamicSlidingWindowLayer):
     noted: list[Pair]
     noted_from: int
     """Column of the first note."""
+    awaited: int | None
+    """Columns that the first update must bring."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Pair:
         """As DynamicSlidingWindowLayer's."""
+        _expect(self.awaited if not self.noted else None, key_states)
         self.noted.append((key_states, value_states))
         pair: Pair = super().update(key_states, value_states, *args, **kwargs)
         return pair
@@ -70,25 +76,33 @@ def filled(model: PreTrainedModel, prefix: Sequence[Pair], columns: int) -> Dyna
             first = max(0, columns - layer.sliding_window + 1)
         else:
             layer.__class__ = WithRoom
-            layer.room = (keys, values)
+            layer.room, layer.awaited = (keys, values), None
         layer.keys = keys[:, :, first:columns]
         layer.values = values[:, :, first:columns]
     return cache
 
 
-def note(cache: DynamicCache, columns: int) -> None:
-    """Let the sliding layers of a cache with `columns` columns note what comes."""
+def _expect(awaited: int | None, states: torch.Tensor) -> None:
+    if awaited not in (None, states.shape[2]):
+        raise NotCacheable("inputs besides the prompt, put in within generate")
+
+
+def note(cache: DynamicCache, columns: int, awaited: int | None = None) -> None:
+    """Let the sliding layers of a cache with `columns` columns note what comes, and each layer
+    refuse a first update of other than `awaited` columns."""
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.__class__ = Noting
-            layer.noted, layer.noted_from = [], columns
+            layer.noted, layer.noted_from, layer.awaited = [], columns, awaited
+        elif isinstance(layer, WithRoom):
+            layer.awaited = awaited
 
 
 def stop_noting(cache: DynamicCache) -> None:
     """Give the sliding layers their own class back."""
     for layer in cache.layers:
         if isinstance(layer, Noting):
-            del layer.noted, layer.noted_from
+            del layer.noted, layer.noted_from, layer.awaited
             layer.__class__ = DynamicSlidingWindowLayer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,50 +9,42 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lmcache_connectors._sharing import config_digest
-from lmcache_connectors.transformers.identity import adapters, attention, fingerprint
+from lmcache_connectors.transformers.identity import Identity
 from lmcache_connectors.transformers.layers import Pair
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_core import CacheEngine, KVLayout, LayerGroup, Namespace, Tensors, pooled_empty
-
-_ODD = {"xlm", "flaubert", "moshi"}
-"""Models that put tokens of their own behind the prompt, or whose split prefill is another one."""
 
 
 class Shape(NamedTuple):
     """What the model's KV is: learned from the cache that one token leaves behind."""
 
+    identity: Identity
     namespace: Namespace
     devices: list[torch.device]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, cache: CacheEngine, argument: str, tenant: str) -> Shape:
+    def of(
+        cls,
+        model: PreTrainedModel,
+        cache: CacheEngine,
+        argument: str,
+        identity: Identity,
+        tenant: str,
+    ) -> Shape:
         """Raises NotCacheable, and ConfigError where a tier cannot hold one chunk."""
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise NotCacheable("an encoder-decoder model")
         if _rope_types(config) & {"dynamic", "longrope"}:
             raise NotCacheable("a position encoding that depends on the prompt's length")
-        if config.model_type in _ODD:
-            raise NotCacheable("a model whose generate is not a plain continuation")
         if any(hasattr(module, "rope_deltas") for module in model.modules()):
             raise NotCacheable("a model whose positions depend on earlier calls")
         layers = _probe(model, argument)
         layout = KVLayout(groups=_groups(layers, config))
         namespace = cache.namespace(
-            model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
-            layout=layout,
-            weights=fingerprint(model),
-            positions=json.dumps(_positions(config), sort_keys=True, default=str),
-            adapter=adapters(model),
-            tenant=tenant,
-            extra={
-                "class": type(model).__name__,
-                "attention": attention(config),
-                "config": config_digest(config),
-            },
+            model=type(model).__name__, layout=layout, weights=identity.whole.hex(), tenant=tenant
         )
-        return cls(namespace, [layer.keys.device for layer in layers])
+        return cls(identity, namespace, [layer.keys.device for layer in layers])
 
     def parts(self, tensors: Tensors) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(layer, 0 for keys or 1 for values, [kv_heads, tokens, dim]) of a chunk's tensors."""
