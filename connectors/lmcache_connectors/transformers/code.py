@@ -25,7 +25,7 @@ _FRAME = tuple(
         "models.auto",
         "trainer",
         "utils",
-    )  # fmt: skip
+    )
 )
 """Of Transformers."""
 
