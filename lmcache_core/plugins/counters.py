@@ -6,7 +6,7 @@ import threading
 from collections import deque
 
 from lmcache_core.plugins.events import Event
-from lmcache_core.plugins.metrics import METRICS, label_values
+from lmcache_core.plugins.metrics import METRICS, Metric, label_values
 
 _FOLD = 256
 """Events that wait to be counted, at most about this many."""
@@ -45,16 +45,13 @@ class Counters:
         try:
             while self._events:
                 event = self._events.popleft()
-                for name, metric in _BY_EVENT[type(event)]:
-                    key = (name, *label_values(event))
+                for metric in _BY_EVENT[type(event)]:
+                    key = (metric.counted_as, *label_values(event))
                     self._counts[key] = self._counts.get(key, 0) + metric.amount(event)
         finally:
             self._lock.release()
 
 
-_BY_EVENT = {
-    metric.event: [
-        (each.name.removesuffix("_chunks"), each) for each in METRICS if each.event is metric.event
-    ]
-    for metric in METRICS
-}
+_BY_EVENT: dict[type[Event], list[Metric]] = {}
+for each in METRICS:
+    _BY_EVENT.setdefault(each.event, []).append(each)

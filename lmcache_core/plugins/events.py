@@ -29,7 +29,8 @@ class Reason(StrEnum):
     FOREIGN = "foreign"
     """Another key's frame."""
     UNREADABLE = "unreadable"
-    """Another frame version, or a serde that is not installed."""
+    """Another frame version, a serde that is not installed, a key that is not configured, or no
+    seal where the tier seals."""
     DEADLINE = "deadline"
     """The store did not answer in time."""
     ERROR = "error"

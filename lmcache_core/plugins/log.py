@@ -6,7 +6,19 @@ import logging
 import threading
 import time
 
+from lmcache_core.plugins.secrets import masked
+
+
+class _Masking(logging.Filter):
+    """Hides what may be a secret in whatever is logged here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = masked(record.getMessage()), ()
+        return True
+
+
 log = logging.getLogger("lmcache_core")
+log.addFilter(_Masking("lmcache_core"))
 QUIET_SECONDS = 60.0
 """One line for each kind of trouble in this time."""
 

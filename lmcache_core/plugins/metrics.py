@@ -34,6 +34,12 @@ class Metric(NamedTuple):
     amount: Callable[[Event], float]
 
     @property
+    def counted_as(self) -> str:
+        """Its name in `CacheEngine.stats`, where chunks are what is counted if nothing else is
+        said."""
+        return self.name.removesuffix("_chunks")
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The event's fields that tell numbers of this name apart."""
         return self.event.labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -30,9 +31,23 @@ def component(group: Group, name: str) -> Any:
     """
     entry = _entry(group, name)
     try:
-        return entry.load()
+        found = entry.load()
     except BaseException as error:  # a plugin's import may raise anything, SystemExit included
         raise ConfigError(_not_importable(group, entry, error)) from error
+    if old := _of_before_a_reload(found):
+        text = f"{_SINGULAR[group]} {entry.name!r} is of another {old} than is loaded now"
+        raise ConfigError(f"{text}: modules were reloaded; restart the process")
+    return found
+
+
+def _of_before_a_reload(component: Any) -> str:
+    """One of our classes that a component inherits from and that is no longer the one of its name,
+    as after importlib.reload: nothing would take it for what it is."""
+    for base in getattr(component, "__mro__", ())[1:]:
+        now = getattr(sys.modules.get(base.__module__), base.__qualname__, base)
+        if base.__module__.startswith("lmcache_core.") and now is not base:
+            return f"{base.__module__}.{base.__qualname__}"
+    return ""
 
 
 def known(group: Group) -> list[str]:

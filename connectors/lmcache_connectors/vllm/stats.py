@@ -13,6 +13,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
+from lmcache_core.plugin import METRICS
+
 
 class _Metric(NamedTuple):
     name: str
@@ -20,24 +22,18 @@ class _Metric(NamedTuple):
     labels: tuple[str, ...] = ()
 
 
-_METRICS = {
-    "hit_tokens": _Metric("hit_tokens", "Tokens of prompts that are loaded", ("tier",)),
-    "loads": _Metric("loads", "Loads of requests' prefixes"),
-    "failed_loads": _Metric("failed_loads", "Loads that brought less than the lookup promised"),
-    "load_seconds": _Metric("load_seconds", "Time that loads took, one request's after the other"),
-    "store_seconds": _Metric("store_seconds", "Time until new blocks were handed over"),
-    "stores_skipped": _Metric("stores_skipped", "New blocks that found no room on their way"),
-    "stored": _Metric("stored_chunks", "Chunks stored", ("tier",)),
-    "stored_bytes": _Metric("stored_bytes", "Bytes of KV stored", ("tier",)),
-    "loaded": _Metric("loaded_chunks", "Chunks loaded", ("tier",)),
-    "loaded_bytes": _Metric("loaded_bytes", "Bytes of KV loaded", ("tier",)),
-    "missed": _Metric("missed_chunks", "Chunks wanted and not had", ("reason", "tier")),
-    "dropped": _Metric("dropped_chunks", "Chunks not stored", ("reason", "tier")),
-    "evicted": _Metric("evicted_chunks", "Chunks removed to make room", ("tier",)),
-    "tier_open": _Metric(
-        "tier_bypassed", "Times that a tier began to be bypassed", ("path", "tier")
-    ),
-    "tier_closed": _Metric("tier_back", "Times that a tier came back", ("path", "tier")),
+_OWN = (
+    _Metric("hit_tokens", "Tokens of prompts that are loaded", ("tier",)),
+    _Metric("loads", "Loads of requests' prefixes"),
+    _Metric("failed_loads", "Loads that brought less than the lookup promised"),
+    _Metric("load_seconds", "Time that loads took, one request's after the other"),
+    _Metric("store_seconds", "Time until new blocks were handed over"),
+    _Metric("stores_skipped", "New blocks that found no room on their way"),
+)
+"""What the connector counts itself."""
+
+_METRICS = {own.name: own for own in _OWN} | {
+    metric.counted_as: _Metric(metric.name, metric.help, metric.labels) for metric in METRICS
 }
 
 
@@ -66,7 +62,7 @@ class Metrics(KVConnectorPromMetrics):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._counters = {
-            key: self._counter_cls(
+            (key, len(metric.labels)): self._counter_cls(
                 name=f"vllm:lmcache_core_{metric.name}",
                 documentation=metric.help,
                 labelnames=[*self._labelnames, *metric.labels],
@@ -78,5 +74,6 @@ class Metrics(KVConnectorPromMetrics):
         values = self.per_engine_labelvalues[engine_idx]
         for count, number in transfer_stats_data.items():
             name, *labels = count.split("|")
-            if name in self._counters and number > 0:
-                self._counters[name].labels(*values, *labels).inc(number)
+            counter = self._counters.get((name, len(labels)))
+            if counter and number > 0:
+                counter.labels(*values, *labels).inc(number)

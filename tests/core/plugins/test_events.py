@@ -16,6 +16,7 @@ from lmcache_core.plugins import events
 from lmcache_core.plugins.counters import Counters
 from lmcache_core.plugins.events import ChunkEvent, Event, Missed, Reason, by_namespace
 from lmcache_core.plugins.metrics import METRICS, label_values
+from tests.core.plugins.metrics_page import PAGE, page
 
 ROOT = Path(__file__).parents[3]
 KINDS = [
@@ -38,7 +39,7 @@ def test_each_event_is_counted_with_its_labels(kind: type[Event]) -> None:
     counters = Counters()
     counters.add(example(kind))
     counters.add(example(kind))
-    mine = {each.name.removesuffix("_chunks"): each for each in METRICS if each.event is kind}
+    mine = {each.counted_as: each for each in METRICS if each.event is kind}
     counted = counters.snapshot()
     assert {name for name, *_ in counted} == set(mine)
     for (name, *labels), n in counted.items():
@@ -96,3 +97,7 @@ def test_a_misspelt_event_or_reason_does_not_type_check(tmp_path: Path) -> None:
     )  # fmt: skip
     with_errors = {Path(line.split(":")[0]).name for line in found.stdout.splitlines() if "error:" in line}  # fmt: skip
     assert with_errors == {f"wrong{number}.py" for number in range(len(misspelt))}, found.stdout
+
+
+def test_the_page_of_events_and_metrics_is_current() -> None:
+    assert PAGE.read_text() == page()
