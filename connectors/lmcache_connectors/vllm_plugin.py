@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from typing import Any
 
 from lmcache_connectors.vllm import weights
 from lmcache_core import load_config
-from lmcache_core.connector import go_on_without, strict_requested
+from lmcache_core.connector import environment_is_set, go_on_without, strict_requested
 
 NAME = "LmcacheCoreConnector"
 MODULE = "lmcache_connectors.vllm.connector"
@@ -87,7 +86,7 @@ def _with_default(create: Any) -> Any:
 
 def _is_configured() -> bool:
     """Whether the environment says where KV is to be stored."""
-    if not any(name.startswith("LMCACHE_") for name in os.environ):
+    if not environment_is_set():
         return False
     try:
         load_config()

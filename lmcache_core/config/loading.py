@@ -61,6 +61,12 @@ def load(
     return built
 
 
+def environment_is_set() -> bool:
+    """Whether a variable is there that is LMCache's or ours, right or wrong; what Kubernetes sets
+    for a Service of that name is not."""
+    return bool(os.environ.get(FILE) or lmcache.variables(os.environ))
+
+
 def strict_requested(source: str | Path | None = None) -> bool:
     """Read only the `strict` flag, of the environment or of a YAML file (the one that it names).
 

@@ -5,7 +5,7 @@ its KV (`identity`), the longest usable prefix over groups and ranks (`prefix`),
 takes (`steps`), an engine's own rows of memory (`rows`).
 """
 
-from lmcache_core.config.loading import strict_requested
+from lmcache_core.config.loading import environment_is_set, strict_requested
 from lmcache_core.connector.identity import config_digest, depends_on_length, rope_types
 from lmcache_core.connector.prefix import Row, chunk_ends, first_kept, longest
 from lmcache_core.connector.rows import Rows, row_layout
@@ -27,6 +27,7 @@ __all__ = [
     "chunk_ends",
     "config_digest",
     "depends_on_length",
+    "environment_is_set",
     "first_kept",
     "go_on_without",
     "is_strict",

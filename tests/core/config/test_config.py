@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -389,3 +391,81 @@ def test_an_unknown_key_is_always_named(key: str) -> None:
     if key not in known:
         with pytest.raises(ConfigError, match=rf"tiers\[0\]\.{key}: unknown key"):
             load({"tiers": [{"backend": "local_cpu", "capacity": 9, key: 1}]})
+
+
+# What is possible and hardly meant
+
+
+def advice(tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    """The lines that are logged for a file, without the folder's name."""
+    caplog.clear()
+    load(written(tmp_path, text))
+    return [record.getMessage().replace(f"{tmp_path}/", "") for record in caplog.records]
+
+
+MEMORY = "- {backend: local_cpu, capacity: 1MiB}\n"
+
+
+@pytest.mark.parametrize(
+    ("tiers", "says"),
+    [
+        (f"- {{backend: disk, path: /tmp/kv, capacity: 9}}\n{MEMORY}",
+         "cache.yaml:3: tiers[1]: local_cpu (memory) stands behind disk (disk)"),
+        (f"- {{backend: s3, url: 's3://kv'}}\n{MEMORY}",
+         "cache.yaml:3: tiers[1]: local_cpu (memory) stands behind s3 (object store)"),
+        ("- {backend: s3, url: 's3://kv'}\n- {backend: redis, url: 'redis://h'}\n",
+         "cache.yaml:3: tiers[1]: redis (server) stands behind s3 (object store)"),
+        ("- backend: local_cpu\n  capacity: 1MiB\n  queue: 1MiB\n",
+         "cache.yaml:4: tiers[0].queue: does nothing for local_cpu"),
+        ("- backend: shm\n  capacity: 1MiB\n  when_full: block\n",
+         "cache.yaml:4: tiers[0].when_full: does nothing for shm"),
+        ("- backend: local_cpu\n  capacity: 100TiB\n",
+         "cache.yaml:3: tiers[0].capacity: 102400.0 GiB, and the memory of local_cpu has"),
+        ("- backend: shm\n  capacity: 100TiB\n",
+         "cache.yaml:3: tiers[0].capacity: 102400.0 GiB, and the memory of shm has"),
+        ("- backend: disk\n  path: /tmp/not/yet/there\n  capacity: 100000TiB\n",
+         "cache.yaml:4: tiers[0].capacity: 102400000.0 GiB, and the disk of disk has"),
+    ],
+)  # fmt: skip
+def test_what_is_hardly_meant_is_said_with_its_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, tiers: str, says: str
+) -> None:
+    (line,) = advice(tmp_path, caplog, f"tiers:\n{tiers}")
+    assert line.startswith(says)
+
+
+def test_a_usual_config_is_taken_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiers = f"tiers:\n{MEMORY}- {{backend: redis, url: 'redis://h', queue: 1MiB}}\n"
+    more = "- {backend: disk, path: /tmp/kv, capacity: 1MiB}\n- {backend: s3, url: 's3://kv'}\n"
+    assert advice(tmp_path, caplog, tiers + more) == []
+
+
+def test_a_medium_that_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go = threading.Event()
+    monkeypatch.setattr(LocalCpuBackend.Options, "medium_bytes", lambda self: go.wait(60))
+    began = time.monotonic()
+    load({"tiers": [{"backend": "local_cpu", "capacity": 9}]})
+    assert time.monotonic() - began < 30
+    go.set()
+
+
+@pytest.mark.parametrize("text", ["200", "0.5", "'200'"])
+def test_a_duration_in_a_file_has_a_unit(tmp_path: Path, text: str) -> None:
+    said = problem(tmp_path, GOOD.replace("200ms", text))
+    assert "cache.yaml:9: tiers[1].deadline: expected a duration with its unit: " in said
+    number = text.strip("'")
+    assert f"{number}ms, {number}s" in said
+    assert load({"tiers": [{"backend": "local_cpu", "capacity": 9, "deadline": 2}]})
+    with pytest.raises(ConfigError, match=r"extra: .*with its unit"):
+        load({"tiers": [{"backend": "local_cpu", "capacity": 9, "deadline": 2}]}, "extra")
+
+
+def test_a_password_that_stands_in_a_variables_place_is_not_shown() -> None:
+    tier = {"backend": "redis", "url": "redis://127.0.0.1:9", "password_env": "hunter2-SECRET"}
+    with pytest.raises(ConfigError, match="is not set") as caught:
+        lmcache_core.open({"tiers": [tier]})
+    assert "hunter2" not in str(caught.value)

@@ -10,6 +10,7 @@ import pytest
 
 from lmcache_core import Config, ConfigError
 from lmcache_core.config.loading import load
+from lmcache_core.connector import environment_is_set
 
 WORD = "hunter2SECRET"
 
@@ -148,12 +149,14 @@ def test_what_kubernetes_sets_for_a_service_is_nothing_of_ours(
     config = of_environment(monkeypatch, LOCAL_CPU="True", **KUBERNETES)
     assert [tier.backend for tier in config.tiers] == ["local_cpu"]
     monkeypatch.delenv("LMCACHE_LOCAL_CPU")
+    assert not environment_is_set()
     with pytest.raises(ConfigError, match="nothing says where"):
         load()
     file = tmp_path / "cache.yaml"
     file.write_text("tiers: [{backend: local_cpu, capacity: 1MiB}]")
     monkeypatch.setenv("LMCACHE_CONFIG_FILE", str(file))
     assert load().tiers
+    assert environment_is_set()
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
