@@ -112,7 +112,7 @@ class Engine(RuleBasedStateMachine):
         if not files:
             return
         file = files[number % len(files)]
-        data = bytearray(file.read_bytes())
+        data = bytearray(file.read_bytes() or b"\0")
         data[offset % len(data)] ^= 0x10
         file.write_bytes(data)
         self.touched = True
@@ -130,7 +130,8 @@ class Engine(RuleBasedStateMachine):
         """One chunk's file under another's name."""
         files = self.files()
         if files:
-            shutil.copy(files[number % len(files)], files[other % len(files)])
+            data = files[number % len(files)].read_bytes()
+            files[other % len(files)].write_bytes(data)
             self.touched = True
 
     @rule(number=st.integers(0, 20))
