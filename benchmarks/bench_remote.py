@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lmcache_core import ChunkKey, StorageBackend, component
-from lmcache_core.io.memory import HOST
+from lmcache_core.backend import Transfer
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
@@ -139,12 +139,12 @@ def compete(
     backend = contest.backend
 
     def load() -> None:
-        count = sum(1 for _ in backend.get(keys, HOST.allocate, TIMEOUT))
+        count = sum(1 for _ in backend.get(keys, Transfer(TIMEOUT)))
         if count != len(keys):
             raise SystemExit(f"loaded {count} of {len(keys)}")
 
     def store() -> None:
-        if backend.put(frames, keys, TIMEOUT) != len(keys):
+        if backend.put(frames, keys, Transfer(TIMEOUT)) != len(keys):
             raise SystemExit("not everything was stored")
 
     stores = [
@@ -158,27 +158,27 @@ def compete(
     for _ in range(rounds + 1):  # the first warms up
         stored.append([emptied(contest, keys, work) for work in stores])
         loaded.append([timed(work) for work in loads])
-    backend.delete(keys, TIMEOUT)
+    backend.delete(keys, Transfer(TIMEOUT))
     return figures(loaded[1:]), figures(stored[1:])
 
 
 def emptied(contest: Contest, keys: Sequence[ChunkKey], work: Callable[[], object]) -> float:
     """Seconds that `work` takes on an empty store."""
-    contest.backend.delete(keys, TIMEOUT)
+    contest.backend.delete(keys, Transfer(TIMEOUT))
     return timed(work)
 
 
 def lookups(contest: Contest, keys: Sequence[ChunkKey], rounds: int) -> Figures:
     """Seconds to look LOOKUP small chunks up."""
     names = [contest.name(key) for key in keys]
-    contest.backend.put([(key, [memoryview(b"x" * 1000)]) for key in keys], keys, TIMEOUT)
+    contest.backend.put([(key, [memoryview(b"x" * 1000)]) for key in keys], keys, Transfer(TIMEOUT))
     works = [
         lambda: contest.bare.lookup(names),
         lambda: contest.stock.lookup(names),
-        lambda: contest.backend.contains(keys, TIMEOUT),
+        lambda: contest.backend.contains(keys, Transfer(TIMEOUT)),
     ]
     seconds = [[timed(work) for work in works] for _ in range(4 * rounds + 1)]
-    contest.backend.delete(keys, TIMEOUT)
+    contest.backend.delete(keys, Transfer(TIMEOUT))
     return figures(seconds[1:])
 
 

@@ -31,6 +31,7 @@ from rich.table import Table
 
 import lmcache_core
 from lmcache_core import KVLayout, LayerGroup, Tensors
+from lmcache_core.backend import Transfer
 
 TOKENS = 256
 LAYOUT = KVLayout(
@@ -155,7 +156,7 @@ def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
 
         pairs = []
         for _ in range(rounds + 1):
-            cache._tiers[0]._backend.delete(keys, 10.0)
+            cache._tiers[0]._backend.delete(keys, Transfer(10.0))
             bare.remove()
             pairs.append((timed(bare.write), timed(store)))
         add(table, "disk store", "pwritev", chunks, medians(pairs[1:]))

@@ -1,7 +1,6 @@
 """lmcache-core: stores the KV cache of LLM inference once and hands it back to every request."""
 
 from lmcache_core.backend import (
-    Allocate,
     DaemonPool,
     StorageBackend,
     Stored,
@@ -51,7 +50,6 @@ __all__ = [
     "DTYPES",
     "LOG",
     "LRU",
-    "Allocate",
     "Buffers",
     "BytesToBytes",
     "CacheEngine",

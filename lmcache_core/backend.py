@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from lmcache_core.errors import ConfigError, DeadlineExceeded, StorageError
-from lmcache_core.io.buffers import Buffers, concat, split_at
+from lmcache_core.errors import ConfigError, DeadlineExceeded, Refused, StorageError
+from lmcache_core.io.breaker import Breaker, State
+from lmcache_core.io.buffers import Buffers, concat, nbytes_of, split_at
+from lmcache_core.io.clock import Backoff
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import host_register
 from lmcache_core.io.medium import file_system_bytes, memory_bytes
 from lmcache_core.io.threads import start_thread
+from lmcache_core.io.transfer import Transfer
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.plugins.log import LOG
 from lmcache_core.plugins.options import Options
@@ -23,7 +26,8 @@ from lmcache_core.policy.eviction import LRU, EvictionPolicy
 __all__ = [
     "LOG",
     "LRU",
-    "Allocate",
+    "Backoff",
+    "Breaker",
     "Buffers",
     "ChunkKey",
     "ConfigError",
@@ -33,23 +37,29 @@ __all__ = [
     "EvictionPolicy",
     "LocalPath",
     "Options",
+    "Refused",
     "Size",
+    "State",
     "StorageBackend",
     "StorageError",
     "Stored",
+    "SupportsReserve",
+    "SupportsScan",
+    "Transfer",
     "component",
     "concat",
     "file_system_bytes",
     "host_register",
     "masked",
     "memory_bytes",
+    "nbytes_of",
     "split_at",
     "start_thread",
+    "unheld",
     "unquoted",
 ]
 
-Allocate = Callable[[int], memoryview]
-"""nbytes -> a writable buffer of exactly that size to read a frame into."""
+T = TypeVar("T")
 
 
 class Stored(NamedTuple):
@@ -63,8 +73,8 @@ class StorageBackend(ABC):
     """Frames by key. Knows nothing of tokens, tensors or serdes.
 
     Plain blocking code, called from several threads at once. Every method takes many keys, in
-    the order of their sequence (root first) where they belong to one. `timeout` is in seconds:
-    how long a call may go without progress before it must raise.
+    the order of their sequence (root first) where they belong to one, and the call's `transfer`:
+    wait for the store for at most `transfer.timeout` seconds of silence, then raise.
 
     Any exception means "the store failed": the tier counts it, logs it once in a while and
     bypasses the store when it repeats. An absent key is not a failure.
@@ -91,69 +101,86 @@ class StorageBackend(ABC):
     """Calls of `get` that a load divides its keys among. While one waits for bytes the other's
     are verified and decoded."""
 
-    on_evict: Callable[[Sequence[ChunkKey]], None] = staticmethod(lambda keys: None)
-    """Set by the tier; call it with the keys that were evicted to make room."""
-
-    on_progress: Callable[[], None] = staticmethod(lambda: None)
-    """Set by the tier; call it now and then, from any thread, while `get` reads a large frame: a
-    tier to which nothing comes for a deadline gives the store up. Frames count by themselves."""
-
     def __init__(self, options: Any) -> None:  # noqa: B027
-        """Open the store. Raises ConfigError, with the reason, when it cannot be used at all."""
+        """Open the store, on a thread that may wait. Raises ConfigError, with the reason, when it
+        cannot be used at all; whether it works now is asked by `ping`."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
 
     @abstractmethod
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         """For each key, whether a whole frame is there. One round trip."""
 
     @abstractmethod
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         """Yield (index into keys, frame) as frames arrive, in any order; absent ones are left out.
 
-        Read into a buffer from `allocate` (which any thread may call), or yield memory of your
-        own that stays valid and unchanged for as long as somebody refers to it.
+        Read into a buffer from `transfer.allocate`, or yield memory of your own that stays valid
+        and unchanged for as long as somebody refers to it. Several calls may share `transfer`.
+
+        No frame may outlive its yield: a generator that still names it keeps its buffer from being
+        used again. `yield from unheld(frames)` sees to that where frames lie in a list; else
+        delete the name after the yield.
         """
 
     @abstractmethod
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
         """Store frames in order; return how many of them, from the first, are now there.
 
         Fewer than all means full: the rest is dropped, so that no hole appears. A frame that is
-        there already counts as stored and is not written again. `chain` is the whole sequence up
-        to the last frame, root first: it counts as used now, and making room must not evict it.
+        there already counts as stored and is not written again. `prefix` is the whole sequence up
+        to the last frame, root first: making room must not evict it, and what is evicted is added
+        to `transfer.evicted`. The tier touches the sequence when all of it is stored.
         A frame becomes visible whole or not at all, whatever dies when. The buffers never change
         afterwards, so memory may keep them instead of copying.
         """
 
     @abstractmethod
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         """Remove frames; absent keys are fine."""
 
-    @abstractmethod
-    def scan(self) -> Iterator[Stored]:
-        """Every whole frame that is there, in any order."""
-
-    def room(self, nbytes: int, chain: Sequence[ChunkKey], timeout: float) -> memoryview | None:
-        """Memory of the store's own for a payload of `nbytes`, or None where it has none.
-
-        What fills it hands it to `put` as a frame's last part, which then need not copy it. Dropped
-        instead, it goes back. Asked on the engine's thread, so only where `in_memory`; `chain` is
-        the sequence that the frame ends, as in `put`.
-        """
-        return None
-
-    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:  # noqa: B027
+    def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:  # noqa: B027
         """The sequence `keys` (root first) was used: evict it late, its leaves before its root."""
 
-    def ping(self, timeout: float) -> None:
-        """Raise unless the store works. Called while the tier is bypassed."""
-        self.contains([ChunkKey(bytes(32))], timeout)
+    def ping(self, transfer: Transfer) -> None:
+        """Raise unless the store works: do what reads do. Called when the tier is opened, and
+        while it is bypassed. Refused says that the configuration is wrong."""
+        self.contains([ChunkKey(bytes(32))], transfer)
 
     def close(self) -> None:  # noqa: B027
         """Release connections, files and threads. The stored frames stay."""
+
+
+@runtime_checkable
+class SupportsScan(Protocol):
+    """A backend that can tell what it has."""
+
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
+        """Every whole frame that is there, in any order."""
+
+
+@runtime_checkable
+class SupportsReserve(Protocol):
+    """A backend with memory of its own to gather chunks into; asked where it is `in_memory`."""
+
+    def reserve(
+        self, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer
+    ) -> memoryview | None:
+        """Memory for a payload of `nbytes`, or None where there is no room.
+
+        What fills it hands it to `put` as a frame's last part, which then need not copy it. Dropped
+        instead, it goes back. `prefix` is the sequence that the frame ends, as in `put`.
+        """
+
+
+def unheld(items: list[T]) -> Iterator[T]:
+    """Each of `items`, which is emptied meanwhile: nothing holds what was yielded."""
+    items.reverse()
+    while items:
+        yield items.pop()

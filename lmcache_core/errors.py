@@ -7,7 +7,8 @@ LmcacheError
 ├── NoContent              a tensor has no bytes that can be read, so that nobody knows it
 ├── FrameError             not the frame asked for; `.reason` is the counted miss reason
 └── StorageError           a backend could not do what it was asked; never reaches an engine
-    └── DeadlineExceeded   ... in time
+    ├── DeadlineExceeded   ... in time
+    └── Refused            ... because its store says no: trying again does not help
 """
 
 from __future__ import annotations
@@ -51,5 +52,9 @@ class StorageError(LmcacheError):
     """A backend failed. The tier turns it into a miss or a counted drop."""
 
 
-class DeadlineExceeded(StorageError):
+class DeadlineExceeded(StorageError, TimeoutError):
     """A backend did not answer within its deadline."""
+
+
+class Refused(StorageError):
+    """The store, or its certificate, says no, and will again: the configuration is wrong."""

@@ -13,35 +13,43 @@ used files until a twentieth of the capacity is free.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import secrets
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lmcache_core.backend import (
-    Allocate,
+    Backoff,
     Buffers,
     ChunkKey,
     ConfigError,
+    DeadlineExceeded,
     LocalPath,
     Options,
     Size,
     StorageBackend,
     StorageError,
     Stored,
+    Transfer,
     file_system_bytes,
+    nbytes_of,
 )
 
 _IOV_MAX = 1024
 _PIECE = 2 << 20
 """Bytes to read at a time: on a disk that many loads share, each is to show that it moves."""
 _STALE_SECONDS = 300.0
+_OPEN_SECONDS = 10.0
+_LOCK_SECONDS = (0.0001, 0.01)
+"""Waits for the lock, which others hold for a write of eight bytes, or while they make room."""
 _SLACK = 20
 """Making room frees 1/_SLACK of the capacity, so that one scan serves many writes."""
 
@@ -89,22 +97,23 @@ class DiskBackend(StorageBackend):
         try:
             for directory in (self._root, self._chunks, self._tmp):
                 os.makedirs(directory, mode=0o700, exist_ok=True)
-            with self._locked() as usage:
+            with self._locked(Transfer(_OPEN_SECONDS)) as usage:
                 _write_usage(usage, self._reserved() + sum(size for _, size, _ in self._files()))
         except OSError as error:
             raise ConfigError(f"path: {self._root} cannot be used: {error.strerror}") from error
 
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+    def __repr__(self) -> str:
+        return f"<DiskBackend {self._root}>"
+
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         present = [os.access(self._path(key), os.F_OK) for key in keys]
         if not any(present):
-            self.ping(timeout)
+            self._check()
         return present
 
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
-            parts = self._read(key, allocate)
+            parts = self._read(self._path(key), transfer)
             if parts is not None:
                 yield i, parts
             del parts
@@ -112,33 +121,38 @@ class DiskBackend(StorageBackend):
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
-        self.touch(chain, timeout)
-        keep = {str(key) for key in chain}
         stored = 0
         for key, parts in frames:
-            if not os.access(self._path(key), os.F_OK) and not self._store(key, parts, keep):
+            here = os.access(self._path(key), os.F_OK)
+            if not here and not self._store(key, parts, prefix, transfer):
                 break
             stored += 1
-        self.touch(chain, timeout)
         return stored
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._release(sum(_unlink(self._path(key)) for key in keys))
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        self._release(sum(_unlink(self._path(key)) for key in keys), transfer)
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
         for path, nbytes, _ in self._files():
             yield Stored(ChunkKey.parse(os.path.basename(path)), nbytes)
 
-    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+    def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         now = time.time_ns()
         for i, key in enumerate(keys):
             with contextlib.suppress(FileNotFoundError):
                 os.utime(self._path(key), ns=(now - i, now - i))
 
-    def ping(self, timeout: float) -> None:
+    def ping(self, transfer: Transfer) -> None:
+        """Read a chunk, if there is any."""
+        self._check()
+        path = next((path for path, _, _ in self._files()), None)
+        if path is not None:
+            self._read(path, transfer)
+
+    def _check(self) -> None:
         if not os.path.isdir(self._chunks):
             raise StorageError(f"{self._chunks} is gone")
 
@@ -146,57 +160,62 @@ class DiskBackend(StorageBackend):
         text = str(key)
         return f"{self._chunks}/{text[-3:]}/{text}"
 
-    def _read(self, key: ChunkKey, allocate: Allocate) -> Buffers | None:
+    def _read(self, path: str, transfer: Transfer) -> Buffers | None:
         try:  # non-blocking, lest a FIFO that somebody put there holds the thread
-            fd = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             return None
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size > self._capacity:
                 return [memoryview(b"")]  # not a frame, which the tier finds out and removes
-            buffer = allocate(status.st_size)
+            buffer = transfer.allocate(status.st_size)
+            transfer.moved(0)
             filled = 0
             while filled < buffer.nbytes:
                 n = os.preadv(fd, [buffer[filled : filled + _PIECE]], filled)
                 if n == 0:  # cut by somebody else; the frame's own length will not match
                     return [buffer[:filled]]
                 filled += n
-                self.on_progress()
+                transfer.moved(n)
             return [buffer]
         finally:
             os.close(fd)
 
-    def _store(self, key: ChunkKey, parts: Buffers, keep: set[str]) -> bool:
+    def _store(
+        self, key: ChunkKey, parts: Buffers, prefix: Sequence[ChunkKey], transfer: Transfer
+    ) -> bool:
         """Write a frame and show it; False where there is no room."""
-        nbytes = sum(part.nbytes for part in parts)
+        nbytes = nbytes_of(parts)
         try:
-            tmp = self._reserve(nbytes, keep)
+            tmp = self._reserve(nbytes, prefix, transfer)
             if tmp is not None:
-                self._fill(tmp, key, parts, nbytes)
+                self._fill(tmp, key, parts, transfer)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return False  # the medium is full before our capacity is
             raise
         return tmp is not None
 
-    def _fill(self, tmp: str, key: ChunkKey, parts: Buffers, nbytes: int) -> None:
+    def _fill(self, tmp: str, key: ChunkKey, parts: Buffers, transfer: Transfer) -> None:
         shown = False
         try:
-            self._write(tmp, parts)
+            self._write(tmp, parts, transfer)
             shown = self._show(tmp, self._path(key))
         finally:
             if not shown:
                 with contextlib.suppress(OSError):
                     os.unlink(tmp)
-                    self._release(nbytes)
+                    self._release(nbytes_of(parts), transfer)
 
-    def _write(self, tmp: str, parts: Buffers) -> None:
+    def _write(self, tmp: str, parts: Buffers, transfer: Transfer) -> None:
         fd = os.open(tmp, os.O_WRONLY | os.O_CLOEXEC)
         try:
-            _write_all(fd, parts)
-            if self._fsync:
+            if self._fsync:  # of what has to reach the medium nothing is seen until it has
+                _write_all(fd, parts, lambda nbytes: None)
                 os.fdatasync(fd)
+            else:
+                _write_all(fd, parts, transfer.moved)
         finally:
             os.close(fd)
 
@@ -214,14 +233,14 @@ class DiskBackend(StorageBackend):
             _fsync_directory(os.path.dirname(path))
         return True
 
-    def _reserve(self, nbytes: int, keep: set[str]) -> str | None:
+    def _reserve(self, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer) -> str | None:
         """Make room, count `nbytes` as used and return an empty temporary file that says so."""
         if nbytes > self._capacity:
             return None
-        with self._locked() as usage:
+        with self._locked(transfer) as usage:
             used = _read_usage(usage)
             if used + nbytes > self._capacity:
-                used = self._make_room(nbytes, keep)
+                used = self._make_room(nbytes, prefix, transfer)
             if used + nbytes > self._capacity:
                 _write_usage(usage, used)
                 return None
@@ -230,27 +249,25 @@ class DiskBackend(StorageBackend):
             _write_usage(usage, used + nbytes)
         return tmp
 
-    def _release(self, nbytes: int) -> None:
+    def _release(self, nbytes: int, transfer: Transfer) -> None:
         if nbytes:
-            with self._locked() as usage:
+            with self._locked(transfer) as usage:
                 _write_usage(usage, max(0, _read_usage(usage) - nbytes))
 
-    def _make_room(self, nbytes: int, keep: set[str]) -> int:
+    def _make_room(self, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer) -> int:
         """Remove least recently used files; returns the bytes that are then used."""
         reserved = self._reserved()  # first, so that a file shown meanwhile counts twice, not never
         files = sorted(self._files(), key=lambda file: file[2])
         used = reserved + sum(size for _, size, _ in files)
         target = self._capacity - max(nbytes, self._capacity // _SLACK)
-        evicted: list[ChunkKey] = []
+        keep = {str(key) for key in prefix}
         for path, _, _ in files:
             if used <= target:
                 break
             name = os.path.basename(path)
             if name not in keep:
                 used -= _unlink(path)
-                evicted.append(ChunkKey.parse(name))
-        if evicted:
-            self.on_evict(evicted)
+                transfer.evicted.append(ChunkKey.parse(name))
         return used
 
     def _files(self) -> Iterator[tuple[str, int, int]]:
@@ -276,15 +293,27 @@ class DiskBackend(StorageBackend):
         return reserved
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
+    def _locked(self, transfer: Transfer) -> Iterator[int]:
         """The usage file, locked. Its own open file keeps threads apart as well as processes."""
         path = os.path.join(self._root, "usage")
         usage = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(usage, fcntl.LOCK_EX)
+            _lock(usage, transfer)
             yield usage
         finally:
             os.close(usage)  # releases the lock, as does a kill
+
+
+def _lock(usage: int, transfer: Transfer) -> None:
+    """Take the lock as soon as nobody has it. The system's own waiting would not end."""
+    waits = Backoff(*_LOCK_SECONDS)
+    while True:
+        try:
+            return fcntl.flock(usage, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if transfer.remaining() <= 0:
+                raise DeadlineExceeded("another process holds the lock") from None
+        time.sleep(waits.next())
 
 
 def _read_usage(usage: int) -> int:
@@ -314,14 +343,23 @@ def _entries(directory: str) -> list[os.DirEntry[str]]:
         return []
 
 
-def _write_all(fd: int, parts: Buffers) -> None:
+def _write_all(fd: int, parts: Buffers, moved: Callable[[int], None]) -> None:
     left = [part for part in parts if part.nbytes]
     while left:
-        n = os.writev(fd, left[:_IOV_MAX])
+        n = os.writev(fd, _first(left))
+        moved(n)
         while left and n >= left[0].nbytes:
             n -= left.pop(0).nbytes
         if n:
             left[0] = left[0][n:]
+
+
+def _first(parts: Buffers) -> Buffers:
+    """As many of these as are to be written at a time."""
+    if parts[0].nbytes >= _PIECE:
+        return [parts[0][:_PIECE]]
+    ends = itertools.accumulate(part.nbytes for part in parts[:_IOV_MAX])
+    return parts[: max(1, bisect.bisect(list(ends), _PIECE))]
 
 
 def _fsync_directory(path: str) -> None:

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmcache_core.backend import (
-    Allocate,
     Buffers,
     ChunkKey,
     ConfigError,
     Options,
     StorageBackend,
     Stored,
+    Transfer,
 )
 
 
@@ -47,7 +47,7 @@ class SqliteBackend(StorageBackend):
         except sqlite3.Error as error:
             raise ConfigError(f"path: {options.path} cannot be used: {error}") from error
 
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         marks = ",".join("?" * len(keys))
         with self._lock:
             rows = self._db.execute(
@@ -57,9 +57,7 @@ class SqliteBackend(StorageBackend):
         there = {bytes(key) for (key,) in rows}
         return [key in there for key in keys]
 
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
             with self._lock:
                 row = self._db.execute(
@@ -67,25 +65,26 @@ class SqliteBackend(StorageBackend):
                 ).fetchone()
             if row is not None:
                 yield i, [memoryview(row[0])]  # bytes of our own: nothing to copy
+            del row
 
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
         rows = [(bytes(key), b"".join(parts)) for key, parts in frames]
         with self._lock, self._db:  # one transaction: all of them or none
             self._db.executemany("INSERT OR IGNORE INTO frames VALUES (?, ?)", rows)
         return len(frames)
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         with self._lock, self._db:
             self._db.executemany(
                 "DELETE FROM frames WHERE key = ?", [(bytes(key),) for key in keys]
             )
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
         with self._lock:
             rows = self._db.execute("SELECT key, length(frame) FROM frames").fetchall()
         for key, nbytes in rows:

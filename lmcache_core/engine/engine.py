@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
-from lmcache_core.backend import Allocate
 from lmcache_core.config.loading import load
 from lmcache_core.config.models import Config, TierConfig
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.engine.load_gate import LoadGate
 from lmcache_core.engine.tier import Miss, Tier
 from lmcache_core.errors import ConfigError
+from lmcache_core.io.breaker import State
 from lmcache_core.io.memory import HOST
 from lmcache_core.io.threads import start_thread
 from lmcache_core.kv.chunk import Chunk
@@ -62,11 +64,15 @@ class CacheEngine:
             for tier in config.tiers:
                 self._tiers.append(_open_tier(tier, self._observers, config))
         except BaseException:
-            self.close()
+            self._close.detach()
+            _close_now(self._tiers, self._observers)
             raise
         judged = [config.load != "always" and not tier.in_memory for tier in self._tiers]
         self.load_gate = LoadGate(judged, partial(_judged, self._tiers))
         _ENGINES.add(self)
+
+    def __repr__(self) -> str:
+        return f"<CacheEngine: {self.chunk_size} tokens a chunk, {self._tiers!r}>"
 
     def namespace(self, **fields: Any) -> Namespace:
         """A Namespace of these fields, with what plugins add to it.
@@ -123,7 +129,7 @@ class CacheEngine:
         Takes at most one deadline for each tier that does not answer.
         """
         where, failed = self._find(keys)
-        if failed[1]:
+        if failed:
             nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
             for some in by_namespace(nowhere):
                 self._missed(some, *failed)
@@ -145,42 +151,41 @@ class CacheEngine:
 
     def _find(
         self, keys: Sequence[ChunkKey], first: int = 0
-    ) -> tuple[list[int | None], tuple[str, str]]:
-        """For each key the fastest tier, from `first` on, that has it; and the (name, reason) of
-        a tier that could not tell, if any."""
+    ) -> tuple[list[int | None], _Failed | None]:
+        """For each key the fastest tier, from `first` on, that has it; and a tier that could not
+        tell, if any."""
         where: list[int | None] = [None] * len(keys)
-        failed = ("", "")
+        failed: _Failed | None = None
         unknown = list(range(len(keys)))
         for number, tier in enumerate(self._tiers[first:], first):
             if not unknown:
                 break
             if not self.load_gate.allows(number):
-                failed = (tier.name, Reason.SLOW)
+                failed = _Failed(tier.name, Reason.SLOW)
                 continue
             present, reason = tier.contains([keys[i] for i in unknown])
             for i, there in zip(unknown, present, strict=True):
                 if there:
                     where[i] = number
             unknown = [i for i in unknown if where[i] is None]
-            failed = (tier.name, reason) if reason else failed
+            failed = _Failed(tier.name, reason) if reason else failed
         return where, failed
 
     def _count_misses(
         self,
         keys: Sequence[ChunkKey],
         where: Sequence[int | None],
-        failed: tuple[str, str],
+        failed: _Failed | None,
     ) -> None:
         """Count what lies behind the end of a prefix: not there, or there behind a hole."""
         nowhere = [key for key, number in zip(keys, where, strict=True) if number is None]
         behind = [key for key, number in zip(keys, where, strict=True) if number is not None]
-        self._missed(nowhere, *(failed if failed[1] else ("", Reason.ABSENT)))
+        self._missed(nowhere, *(failed or ("", Reason.ABSENT)))
         self._missed(behind, "", Reason.HOLE)
 
-    def _missed(self, keys: Sequence[ChunkKey], tier: str, reason: str) -> None:
+    def _missed(self, keys: Sequence[ChunkKey], tier: str, reason: Reason) -> None:
         if keys:
-            event = Missed(tier=tier, keys=tuple(keys), reason=Reason(reason))
-            self._observers.tell(event)
+            self._observers.tell(Missed(tier=tier, keys=tuple(keys), reason=reason))
 
     def load(self, what: Hit | Sequence[ChunkKey], start: int = 0) -> Iterator[Chunk]:
         """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
@@ -291,13 +296,13 @@ class CacheEngine:
         new = self._new(keys, start)
         stored = _Tally()
         taken = [0] * len(self._tiers)
-        refused = [""] * len(self._tiers)
+        refused: list[Reason | None] = [None] * len(self._tiers)
         try:
             for index in new:
                 if all(refused):
                     break  # nobody takes it: do not even gather it
-                room = HOST.allocate if refused[0] else self._tiers[0].room(keys[: index + 1])
-                chunk = _gather(namespace, keys[index], index, tokens, gather, room)
+                first = None if refused[0] else self._tiers[0]
+                chunk = _gather(namespace, keys, index, tokens, gather, first)
                 for n, tier in enumerate(self._tiers):
                     begin = time.monotonic()
                     refused[n] = refused[n] or tier.store(chunk, keys)
@@ -307,8 +312,10 @@ class CacheEngine:
         finally:
             stored.tell(Tier.tell_stored)
             for n, tier in enumerate(self._tiers):
-                if refused[n]:
-                    tier.drop([keys[index] for index in new[taken[n] :]], refused[n])
+                if tier.in_memory and taken[n]:
+                    tier.touch(keys[: new[taken[n] - 1] + 1])
+                if reason := refused[n]:
+                    tier.drop([keys[index] for index in new[taken[n] :]], reason)
         return taken[0] if taken else 0
 
     def _new(self, keys: Sequence[ChunkKey], start: int) -> list[int]:
@@ -359,6 +366,13 @@ class CacheEngine:
         self.close()
 
 
+class _Failed(NamedTuple):
+    """A tier that could not tell what it has."""
+
+    tier: str
+    reason: Reason
+
+
 class _Arrivals:
     """One tier's part of a load, put into the order of the sequence."""
 
@@ -403,37 +417,74 @@ class _Tally:
 
 
 def _gather(
-    namespace: Namespace, key: ChunkKey, index: int, tokens: int, gather: Gather, room: Allocate
+    namespace: Namespace,
+    keys: tuple[ChunkKey, ...],
+    index: int,
+    tokens: int,
+    gather: Gather,
+    tier: Tier | None,
 ) -> Chunk:
+    """Chunk `index`, in memory of the tier's own where it has some."""
     specs = namespace.layout.tensors(tokens)
-    tensors = views([room(sum(spec.nbytes for spec in specs))], specs)
+    nbytes = sum(spec.nbytes for spec in specs)
+    room = HOST.allocate(nbytes) if tier is None else tier.reserve(nbytes, keys)
+    tensors = views([room], specs)
     gather(index, tensors)
-    return Chunk(key, namespace, index, tokens, tensors)
+    return Chunk(keys[index], namespace, index, tokens, tensors)
 
 
 def _open_tier(config: TierConfig, observers: Observers, whole: Config) -> Tier:
     try:
-        backend = component("backends", config.backend)(config.options)
-    except BaseException as error:  # a plugin's may be any, SystemExit included
+        kind = component("backends", config.backend)
+    except BaseException as error:  # a plugin's import may raise any, SystemExit included
         raise ConfigError(f"{config.where}: {cause(error)}") from error
-    tier = Tier(config, backend, observers, whole.chunk_size)
-    try:
-        if whole.strict:
-            tier.ping()
-    except Exception as error:  # whatever the store's client raises
-        tier.close(0.0)
-        raise ConfigError(f"{config.where}: does not answer: {cause(error)}") from error
-    return tier
+    return Tier(config, kind, observers, whole.chunk_size, strict=whole.strict)
 
 
-def _judged(tiers: Sequence[Tier], number: int, state: str, cause: str) -> None:
+def _judged(tiers: Sequence[Tier], number: int, state: State, cause: str) -> None:
     tiers[number].state_changed("loads")(state, cause)
 
 
 def _close(tiers: list[Tier], observers: Observers) -> None:
+    """Close all tiers, from whichever thread and at whichever moment.
+
+    A signal's handler or a finalizer may run in the middle of a call of ours, which may hold what
+    the writers wait for. Then another thread closes, and this one waits for no longer than a
+    deadline; the interpreter's end waits for the rest.
+    """
+    if not _is_inside():
+        return _close_now(tiers, observers)
+    thread = start_thread(partial(_close_now, tiers, observers), "lmcache-close")
+    thread.join(max((tier.deadline for tier in tiers), default=0.0))
+    if thread.is_alive():
+        atexit.register(thread.join, DRAIN_SECONDS)
+
+
+def _close_now(tiers: list[Tier], observers: Observers) -> None:
     for tier in tiers:
-        tier.close(DRAIN_SECONDS)
+        tier.refuse()
+    end = time.monotonic() + DRAIN_SECONDS
+    for tier in tiers:  # they write beside each other
+        tier.drain(max(0.0, end - time.monotonic()))
+    for tier in tiers:
+        tier.close()
     observers.close()
+
+
+_ROOMS = tuple(f"lmcache_core.{room}" for room in ("engine", "frames", "plugins", "kv", "io"))
+_ROOMS += ("lmcache_backends.", "lmcache_serde.")
+
+
+def _is_inside() -> bool:
+    """Whether this thread is in the middle of a call of ours, other than the one that closes."""
+    frame: FrameType | None = sys._getframe(2)  # who called what calls this
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        closes = frame.f_code.co_name in ("close", "__exit__") and name == __name__
+        if name.startswith(_ROOMS) and not closes:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _ENGINES: weakref.WeakSet[CacheEngine] = weakref.WeakSet()

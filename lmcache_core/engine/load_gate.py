@@ -13,6 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from lmcache_core.io.breaker import State
+from lmcache_core.io.clock import Backoff, SharedClock
+
 PREFILL = 128
 """Tokens from which on the time of a prefill is that of its tokens."""
 PREFILLS = 15
@@ -28,15 +31,18 @@ PAUSE_SECONDS = (10.0, 300.0)
 class LoadGate:
     """The books of one engine. Nothing is judged before the engine tells what computing takes."""
 
-    def __init__(self, judged: Sequence[bool], changed: Callable[[int, str, str], None]) -> None:
+    def __init__(self, judged: Sequence[bool], changed: Callable[[int, State, str], None]) -> None:
         """`judged`: for each tier whether it may be bypassed. `changed` hears (tier's number,
-        "open" or "closed", cause)."""
+        state, cause)."""
         self._books = [_Book() if each else None for each in judged]
         self._changed = changed
         self._speeds: deque[float] = deque(maxlen=PREFILLS)
         self._lock = threading.Lock()
-        self._running = 0
-        self._shared = self._now = 0.0
+        self._clock = SharedClock()
+
+    def __repr__(self) -> str:
+        shut = [number for number in range(len(self._books)) if not self.allows(number)]
+        return f"<LoadGate: does not pay from tiers {shut}, {len(self._speeds)} prefills seen>"
 
     def allows(self, tier: int) -> bool:
         """Whether to load from a tier."""
@@ -63,45 +69,37 @@ class LoadGate:
     def begin(self) -> float:
         """A load begins; what it returns is for `end`."""
         with self._lock:
-            self._pass(1)
-            return self._shared
+            return self._clock.enter()
 
     def end(self, begun: float) -> float:
         """A load is over. Returns its seconds, those of loads beside it taken off."""
         with self._lock:
-            self._pass(-1)
-            return self._shared - begun
-
-    def _pass(self, more: int) -> None:
-        now = time.monotonic()
-        if self._running:
-            self._shared += (now - self._now) / self._running
-        self._now = now
-        self._running += more
+            return self._clock.leave() - begun
 
 
 class _Book:
-    """Of one tier."""
+    """What loads from one tier won and lost."""
 
     def __init__(self) -> None:
         self.until = 0.0
         """Until when it is bypassed."""
-        self._pause = PAUSE_SECONDS[0]
+        self._pauses = Backoff(*PAUSE_SECONDS)
         self._won = 0.0
         self._loads = 0
-        self._open = False
+        self._bypassed = False
 
-    def add(self, won: float) -> tuple[str, str] | None:
+    def add(self, won: float) -> tuple[State, str] | None:
         """Book seconds won or, below 0, lost. Returns (state, cause) where that changes it."""
         self._won = FADING * self._won + won
         self._loads += 1
         if self._loads < LOADS:
             return None
         if self._won >= 0:
-            was_open, self._open, self._pause = self._open, False, PAUSE_SECONDS[0]
-            return ("closed", "loading pays again") if was_open else None
-        cause = f"loading takes {-self._won:.2g} s longer than computing; for {self._pause:.0f} s"
-        self.until = time.monotonic() + self._pause
-        self._pause = min(2 * self._pause, PAUSE_SECONDS[1])
-        self._won, self._loads, self._open = 0.0, 0, True
-        return "open", cause
+            was, self._bypassed = self._bypassed, False
+            self._pauses.reset()
+            return (State.IN_USE, "loading pays again") if was else None
+        pause = self._pauses.next()
+        cause = f"loading takes {-self._won:.2g} s longer than computing; for {pause:.0f} s"
+        self.until = time.monotonic() + pause
+        self._won, self._loads, self._bypassed = 0.0, 0, True
+        return State.BYPASSED, cause

@@ -1,31 +1,31 @@
 """Tier: a backend with its pipeline, deadline, breakers and write-behind queue.
 
-Nothing here raises for what a store does. A silent store costs the tier's deadline, whoever waits;
-how long one may take that sends something says patience.py.
+Nothing here raises for what a store does. What one call may take says its Transfer, which is made
+here.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from lmcache_core.backend import Allocate, StorageBackend
+from lmcache_core.backend import StorageBackend, SupportsReserve
 from lmcache_core.config.models import TierConfig
-from lmcache_core.engine.breaker import Breaker
+from lmcache_core.engine.streams import merged
 from lmcache_core.engine.unreadable import Unreadable
 from lmcache_core.engine.write_behind import WriteBehind
-from lmcache_core.errors import DeadlineExceeded, FrameError, StorageError
+from lmcache_core.errors import ConfigError, FrameError, Refused, StorageError
 from lmcache_core.frames import frame
 from lmcache_core.frames.limits import MAX_FRAME_BYTES
 from lmcache_core.frames.pipeline import Pipeline
-from lmcache_core.io.buffers import Buffers
+from lmcache_core.io.breaker import Breaker, State
+from lmcache_core.io.buffers import Buffers, nbytes_of
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.memory import HOST
-from lmcache_core.io.patience import SLOWEST, Flow, Patience
+from lmcache_core.io.transfer import Line, Transfer
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.kv.namespace import Namespace
@@ -53,27 +53,34 @@ from lmcache_core.plugins.secrets import masked
 
 T = TypeVar("T")
 
+OPEN_SECONDS = 1.0
+"""How long opening a tier may keep an engine waiting, at most."""
 THREADS = 32
 """Calls that a tier may have under way; a hung one keeps its thread until it returns."""
 ENCODERS = 2
 """Threads that encode the chunks of a batch; others are left to the engine."""
-STREAMS = 256
-"""Threads that read for loads; one whose load is put aside waits for it."""
-READ_AHEAD = 2
-"""Chunks that wait in each stream, read but not yet taken by the loading thread."""
+JOIN_SECONDS = 0.02
+"""How long an idle thread may take to end, where the deadline is over."""
+READERS = 256
+"""Threads that read for loads."""
 
 
 class Miss(NamedTuple):
     """Why a chunk that was asked for did not come; the tier has counted it."""
 
-    reason: str
+    reason: Reason
+
+
+class Found(NamedTuple):
+    """What a lookup in one tier says of each key, and why the tier could not tell, if so."""
+
+    present: list[bool]
+    reason: Reason | None = None
 
 
 _Wanted = tuple[int, ChunkKey]
-"""A chunk's place in the load, and its key."""
-
-_Arrival = tuple[int, Chunk | Miss] | Exception | None
-"""What a reading thread hands over: a chunk, the error that ended its stream, or its end."""
+"""A chunk's index in the load, and its key."""
+_Arrival = tuple[int, Chunk | Miss]
 
 
 class Tier:
@@ -84,68 +91,139 @@ class Tier:
     """
 
     def __init__(
-        self, config: TierConfig, backend: StorageBackend, observers: Observers, chunk_size: int
+        self,
+        config: TierConfig,
+        kind: type[StorageBackend],
+        observers: Observers,
+        chunk_size: int,
+        *,
+        strict: bool = False,
     ) -> None:
+        """Open the store. One that is down, or takes longer than the deadline or OPEN_SECONDS, is
+        bypassed and opened beside what the engine does. Raises ConfigError where it cannot be used
+        at all; if `strict`, also where it is down."""
         self.name = config.name
-        self.in_memory = backend.in_memory
-        self._backend = backend
+        self.in_memory = kind.in_memory
+        self._config, self._kind = config, kind
         self._pipeline = Pipeline([serde.create() for serde in config.serde])
         self._chunk_size = chunk_size
         self._unreadable = Unreadable()
-        self._deadline = config.deadline
-        self._flow = Flow(config.deadline)
+        self.deadline = config.deadline
+        self._line = Line()
         self._observers = observers
         self._reads = Breaker(f"{self.name} reads", self.ping, self.state_changed("reads"))
         self._writes = Breaker(f"{self.name} writes", self.ping, self.state_changed("writes"))
         self._workers = DaemonPool(f"lmcache-{self.name}", THREADS)
-        self._readers = DaemonPool(f"lmcache-{self.name}-read", STREAMS)
+        self._readers = DaemonPool(f"lmcache-{self.name}-read", READERS)
         self._encoders = DaemonPool(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
-        backend.on_evict = self._evicted
-        backend.on_progress = self._flow.moved
+        self._opened: StorageBackend | None = None
+        self._opening = threading.Lock()
+        self._closed = False
+        try:
+            self._open(strict)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        paths = {"reads": self._reads, "writes": self._writes}
+        bypassed = [path for path, breaker in paths.items() if breaker.bypassed]
+        state = f"{' and '.join(bypassed)} bypassed" if bypassed else State.IN_USE
+        return f"<Tier {self.name}: {state}, {self._writer!r}, {self._opened!r}>"
+
+    # Opening
+
+    def _open(self, strict: bool) -> None:
+        transfer = Transfer(min(self.deadline, OPEN_SECONDS))
+        try:
+            self._workers.call(partial(self._connect, transfer), transfer)
+        except (ConfigError, Refused) as error:
+            raise ConfigError(f"{self._config.where}: {blame.cause(error)}") from error
+        except Exception as error:
+            if strict:
+                cause = f"{self._config.where}: does not answer: {blame.cause(error)}"
+                raise ConfigError(cause) from error
+            for breaker in (self._reads, self._writes):
+                breaker.failed(f"down at start: {blame.cause(error)}", at_once=True)
+
+    def _connect(self, transfer: Transfer) -> None:
+        """Make the backend, unless it is made already, and see that its store answers."""
+        if not self._opening.acquire(blocking=False):
+            raise StorageError("still being opened")
+        try:
+            if self._opened is None:
+                self._adopt(self._make())
+        finally:
+            self._opening.release()
+        self._backend.ping(transfer)
+
+    def _make(self) -> StorageBackend:
+        try:
+            return self._kind(self._config.options)
+        except StorageError:
+            raise
+        except BaseException as error:  # a plugin's may be any, SystemExit included
+            raise ConfigError(blame.cause(error)) from error
+
+    def _adopt(self, backend: StorageBackend) -> None:
+        self._opened = backend
+        if self._closed:  # while it was made
+            backend.close()
+            raise StorageError("closed")
+
+    @property
+    def _backend(self) -> StorageBackend:
+        if self._opened is None:
+            raise StorageError("not open yet")
+        return self._opened
 
     # Reading
 
     @property
     def bypassed(self) -> bool:
         """Whether the store is not read from for now."""
-        return self._reads.is_open
+        return self._reads.bypassed
 
-    def contains(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
-        """Which of `keys` are here, and "" or the reason why the store could not tell."""
+    def contains(self, keys: Sequence[ChunkKey]) -> Found:
+        """Which of `keys` are here."""
         waiting = self._waiting(keys)
         asked = [key for key in keys if key not in waiting] if waiting else keys
-        found, reason = self._ask(asked) if asked else ([], "")
+        found = self._ask(asked) if asked else Found([])
         if not waiting:
-            return found, reason
-        present = {key for key, there in zip(asked, found, strict=True) if there}
-        return [key in present or key in waiting for key in keys], reason
+            return found
+        there = {key for key, present in zip(asked, found.present, strict=True) if present}
+        return Found([key in there or key in waiting for key in keys], found.reason)
 
     def _waiting(self, keys: Sequence[ChunkKey]) -> set[ChunkKey]:
         """Which of `keys` wait to be written: looked at once, for they leave at any moment."""
         pending = self._writer.pending
         return {key for key in keys if key in pending} if pending else set()
 
-    def _ask(self, keys: Sequence[ChunkKey]) -> tuple[list[bool], str]:
-        nothing = [False] * len(keys)
-        if self._reads.is_open:
-            return nothing, Reason.BYPASSED
+    def _ask(self, keys: Sequence[ChunkKey]) -> Found:
+        if self._reads.bypassed:
+            return Found([False] * len(keys), Reason.BYPASSED)
         begin = time.monotonic()
         try:
-            found = self._call(lambda: self._backend.contains(keys, self._deadline))
-            if len(found) != len(keys):
-                raise StorageError(f"{len(found)} answers to {len(keys)} keys")
+            present = self._call(lambda transfer: self._look(keys, transfer))
         except Exception as error:
-            return nothing, self._failed(self._reads, "lookup", error)
-        self._reads.succeeded()
-        found = self._unreadable.hide(keys, found)
+            return Found([False] * len(keys), self._failed(self._reads, "lookup", error))
+        self._reads.succeeded(proof=False)
+        present = self._unreadable.hide(keys, present)
         seconds = time.monotonic() - begin
-        event = LookedUp(tier=self.name, chunks=len(keys), found=sum(found), seconds=seconds)
+        found = sum(present)
+        event = LookedUp(tier=self.name, chunks=len(keys), found=found, seconds=seconds)
         self._observers.tell(event)
-        return found, ""
+        return Found(present)
 
-    def fetch(self, keys: Sequence[ChunkKey]) -> Generator[tuple[int, Chunk | Miss], None, None]:
+    def _look(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
+        found = [bool(there) for there in self._backend.contains(keys, transfer)]
+        if len(found) != len(keys):
+            raise StorageError(f"{len(found)} answers to {len(keys)} keys")
+        return found
+
+    def fetch(self, keys: Sequence[ChunkKey]) -> Generator[_Arrival, None, None]:
         """Yield (index into keys, chunk or why not) as chunks arrive, each index once."""
         left = dict.fromkeys(range(len(keys)))
         for i, key in enumerate(keys):
@@ -154,8 +232,8 @@ class Tier:
                 del left[i]
                 yield i, chunk
         wanted = [(i, keys[i]) for i in left]
-        reason = Reason.EVICTED  # the lookup a moment ago said that it is there
-        if self._reads.is_open:
+        reason = Reason.EVICTED
+        if self._reads.bypassed:
             reason, wanted = Reason.BYPASSED, []
         try:
             for i, got in self._arrivals(wanted):
@@ -176,81 +254,32 @@ class Tier:
     def _suspect(self, got: Chunk | Miss, following: Iterable[ChunkKey]) -> None:
         """What follows a frame that is not read here mostly is not either, and nobody reads on to
         find out."""
-        if isinstance(got, Miss) and got.reason == "unreadable":
+        if isinstance(got, Miss) and got.reason == Reason.UNREADABLE:
             self._unreadable.add(following)
 
-    def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
+    def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[_Arrival]:
         if self.in_memory:
-            return self._recall(wanted)
+            return self._read(wanted, Transfer(self.deadline, limit=MAX_FRAME_BYTES))
         streams = min(self._backend.streams, len(wanted))
-        return self._merged([wanted[n::streams] for n in range(streams)])
-
-    def _recall(self, wanted: Sequence[_Wanted]) -> Iterator[tuple[int, Chunk | Miss]]:
-        """Frames from memory, decoded: nobody waits for them."""
-        keys = [key for _, key in wanted]
-        for place, parts in self._backend.get(keys, _allocate, self._deadline):
-            i, key = wanted[place]
-            yield i, self._decode(parts, key)
-            del parts
+        transfer = self._transfer()
+        parts = [self._read(wanted[n::streams], transfer) for n in range(streams)]
+        return merged(parts, self._readers, transfer)
 
     def _read(
-        self, wanted: Sequence[_Wanted], patience: Patience
-    ) -> Iterator[tuple[int, Chunk | Miss]]:
-        """Frames from a store that may be slow, decoded."""
+        self, wanted: Sequence[_Wanted], transfer: Transfer
+    ) -> Generator[_Arrival, None, None]:
+        """Frames of one stream, decoded."""
         keys = [key for _, key in wanted]
-
-        def allocate(nbytes: int) -> memoryview:
-            buffer = _allocate(nbytes)
-            patience.promise(nbytes)
-            return buffer
-
-        for place, parts in self._backend.get(keys, allocate, self._deadline):
-            nbytes = sum(part.nbytes for part in parts)
-            patience.came(nbytes)
-            i, key = wanted[place]
+        for index, parts in self._backend.get(keys, transfer):
+            nbytes = nbytes_of(parts)
+            transfer.arrived(nbytes)
+            i, key = wanted[index]
             got = self._decode(parts, key)
             del parts
             if isinstance(got, Chunk):
-                patience.decoded(got.nbytes - nbytes)
+                transfer.decoded(max(0, got.nbytes - nbytes))
             yield i, got
             del got
-
-    def _merged(self, streams: Sequence[Sequence[_Wanted]]) -> Iterator[tuple[int, Chunk | Miss]]:
-        """What a thread for each stream reads ahead, in turn. They may hang; this does not."""
-        boxes: list[queue.Queue[_Arrival]] = [queue.Queue(READ_AHEAD) for _ in streams]
-        stop = threading.Event()
-        patience = Patience(self._flow)
-        try:
-            for wanted, box in zip(streams, boxes, strict=True):
-                self._readers.submit(partial(self._pump, wanted, patience, box, stop))
-            while boxes:
-                box = boxes.pop(0)
-                item = patience.take(box)
-                if isinstance(item, Exception):
-                    raise item
-                if item is not None:
-                    yield item
-                    boxes.append(box)
-                del item
-        finally:
-            stop.set()
-
-    def _pump(
-        self,
-        wanted: Sequence[_Wanted],
-        patience: Patience,
-        box: queue.Queue[_Arrival],
-        stop: threading.Event,
-    ) -> None:
-        last: Exception | None = None
-        try:
-            for item in self._read(wanted, patience):
-                if not _offer(box, item, stop):
-                    return
-                del item
-        except Exception as error:
-            last = error
-        _offer(box, last, stop)
 
     def _decode(self, parts: Buffers, key: ChunkKey) -> Chunk | Miss:
         try:
@@ -261,26 +290,25 @@ class Tier:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             self._unreadable.add([key])
             if error.reason != "unreadable":  # another version or serde of ours may read it
-                self._soon("delete", lambda: self._remove([key]))
+                self._soon("delete", lambda transfer: self._remove([key], transfer))
             reason = Reason(error.reason)
             self._observers.tell(
                 Damaged(tier=self.name, keys=(key,), reason=reason, cause=blame.cause(error))
             )
             self._missed([key], reason)
-            return Miss(error.reason)
+            return Miss(reason)
         self._unreadable.discard([key])
         return chunk
 
-    def _remove(self, keys: Sequence[ChunkKey]) -> None:
+    def _remove(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         """Delete frames that are worthless here, and in the way of what is stored anew."""
         if keys:
-            self._backend.delete(keys, self._deadline)
+            self._backend.delete(keys, transfer)
             self._unreadable.discard(keys)
             self._observers.tell(Removed(tier=self.name, keys=tuple(keys)))
 
-    def _missed(self, keys: Sequence[ChunkKey], reason: str) -> None:
-        event = Missed(tier=self.name, keys=tuple(keys), reason=Reason(reason))
-        self._observers.tell(event)
+    def _missed(self, keys: Sequence[ChunkKey], reason: Reason) -> None:
+        self._observers.tell(Missed(tier=self.name, keys=tuple(keys), reason=reason))
 
     def tell_loaded(self, keys: Sequence[ChunkKey], nbytes: int, seconds: float) -> None:
         """These chunks, of one sequence, came from this tier in one load."""
@@ -291,56 +319,54 @@ class Tier:
 
     def lacks(self, key: ChunkKey) -> bool:
         """Whether a chunk was dropped here earlier and is worth offering again."""
-        return key in self._writer.holes and not self._writes.is_open
+        return key in self._writer.holes and not self._writes.bypassed
 
-    def room(self, chain: Sequence[ChunkKey]) -> Allocate:
-        """Where to gather the last chunk of `chain` into: memory of the store's own, if it has."""
-
-        def allocate(nbytes: int) -> memoryview:
+    def reserve(self, nbytes: int, keys: Sequence[ChunkKey]) -> memoryview:
+        """Where to gather a chunk of the sequence `keys` into: memory of the store's own, if it
+        has."""
+        if not self.in_memory or self._writes.bypassed:
+            return HOST.allocate(nbytes)
+        room = None
+        try:
+            backend = self._backend
+            if isinstance(backend, SupportsReserve):
+                room = self._call(lambda transfer: backend.reserve(nbytes, keys, transfer))
+                _check_room(room, nbytes)
+        except Exception as error:
+            self._failed(self._writes, "store", error)
             room = None
-            if self.in_memory and not self._writes.is_open:
-                try:
-                    room = self._backend.room(nbytes, chain, self._deadline)
-                except Exception as error:
-                    self._failed(self._writes, "store", error)
-            return HOST.allocate(nbytes) if room is None else room
+        return HOST.allocate(nbytes) if room is None else room
 
-        return allocate
+    def store(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> Reason | None:
+        """Store a chunk of the sequence `keys`, now or soon; or say why it is refused.
 
-    def store(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
-        """Store a chunk of the sequence `keys`, now or soon; returns "" or why it was refused.
-
-        The caller counts what is refused (by `drop`) and what memory has stored at once.
+        The caller counts what is refused (by `drop`) and what memory has stored at once, and
+        touches the sequence in memory when all of it is stored.
         """
         try:
             if not self.in_memory:
                 return self._writer.add(chunk, keys)
-            if self._writes.is_open:
+            if self._writes.bypassed:
                 return Reason.BYPASSED
             frames = [(chunk.key, frame.encode(chunk, self._pipeline, checksum=False))]
-            self._remove(self._unreadable.among([chunk.key]))
-            stored = self._backend.put(frames, keys[: chunk.index + 1], self._deadline)
+            stored = self._call(lambda transfer: self._replace(frames, keys, transfer))
         except Exception as error:
             return self._failed(self._writes, "store", error)
         self._writes.succeeded()
-        return "" if stored else "full"
+        return None if stored else Reason.FULL
 
-    def drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
+    def drop(self, keys: Sequence[ChunkKey], reason: Reason) -> None:
         """Count chunks that this tier will not have."""
         if keys:
             self._writer.missing(keys)
             self._drop(keys, reason)
 
-    def raw_bytes(self, namespace: Namespace, tokens: int) -> int:
-        """Bytes of a chunk's frame here, where no serde changes how many there are."""
-        return frame.raw_bytes(namespace, tokens, self._pipeline)
-
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
         """The sequence was used."""
         if not self._writer.behind:
-            self._soon("touch", lambda: self._backend.touch(keys, self._deadline))
+            self._soon("touch", lambda transfer: self._backend.touch(keys, transfer))
 
-    def _soon(self, operation: Operation, work: Callable[[], None]) -> None:
+    def _soon(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
         """Tell the store something; memory at once, others after what waits to be written, unless
         they are bypassed then."""
         tell = partial(self._tell, operation, work)
@@ -349,127 +375,160 @@ class Tier:
         else:
             self._writer.call(tell)
 
-    def _tell(self, operation: Operation, work: Callable[[], None]) -> None:
-        if self._writes.is_open:
+    def _tell(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
+        if self._writes.bypassed:
             return
         try:
             self._call(work)
         except Exception as error:
             self._failed(self._writes, operation, error)
         else:
-            self._writes.succeeded()
+            self._writes.succeeded(proof=False)
 
-    def _write(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
-        """Returns how many chunks, from the first, the backend now has."""
-        keys = [chunk.key for chunk in chunks]
-        if self._writes.is_open:
-            self._drop(keys, Reason.BYPASSED)
+    def _write(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> int:
+        """Store some chunks of a sequence; returns how many, from the first, the backend now has.
+
+        The sequence is touched with its last chunk.
+        """
+        mine, begin = [chunk.key for chunk in chunks], time.monotonic()
+        if self._writes.bypassed:
+            self._drop(mine, Reason.BYPASSED)
             return 0
-        begin = time.monotonic()
         try:
-            stored = self._put(chunks, chain)
+            stored = self._put(chunks, keys)
         except Exception as error:
-            self._drop(keys, self._failed(self._writes, "store", error))
+            self._drop(mine, self._failed(self._writes, "store", error))
             return 0
         self._writes.succeeded()
         if stored:
             nbytes = sum(chunk.nbytes for chunk in chunks[:stored])
-            self.tell_stored(keys[:stored], nbytes, time.monotonic() - begin)
-        self._drop(keys[stored:], "full")
+            self.tell_stored(mine[:stored], nbytes, time.monotonic() - begin)
+        self._drop(mine[stored:], Reason.FULL)
+        end = chunks[-1].index + 1
+        if end == len(keys) or stored < len(chunks):
+            self._tell("touch", lambda transfer: self._backend.touch(keys[:end], transfer))
         return stored
 
-    def _put(self, chunks: Sequence[Chunk], chain: Sequence[ChunkKey]) -> int:
-        keys = [chunk.key for chunk in chunks]
-        there = self._call(lambda: self._backend.contains(keys, self._deadline))
-        there = self._unreadable.hide(keys, there)
+    def _put(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> int:
+        transfer = self._transfer()
+        mine = [chunk.key for chunk in chunks]
+        with transfer.waiting():
+            there = self._workers.call(lambda: self._look(mine, transfer), transfer)
+        there = self._unreadable.hide(mine, there)
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
         jobs = [self._encoders.submit(partial(frame.encode, c, self._pipeline)) for c in missing]
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
-        nbytes = sum(part.nbytes for _, parts in frames for part in parts)
-        self._call(lambda: self._remove(self._unreadable.among(keys)))
-        timeout = self._deadline + nbytes / SLOWEST
-        stored = self._workers.call(lambda: self._backend.put(frames, chain, timeout), timeout)
+        transfer.promise(sum(nbytes_of(parts) for _, parts in frames))
+        with transfer.waiting():
+            prefix = keys[: chunks[-1].index + 1]
+            stored = self._workers.call(lambda: self._replace(frames, prefix, transfer), transfer)
+        self._evicted(transfer)
         if stored >= len(frames):
             return len(chunks)
-        return keys.index(frames[stored][0])
+        return mine.index(frames[stored][0])
+
+    def _replace(
+        self,
+        frames: Sequence[tuple[ChunkKey, Buffers]],
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
+    ) -> int:
+        """Put frames, also where others lie that cannot be read."""
+        self._remove(self._unreadable.among([key for key, _ in frames]), transfer)
+        return self._backend.put(frames, prefix, transfer)
+
+    def raw_bytes(self, namespace: Namespace, tokens: int) -> int:
+        """Bytes of a chunk's frame here, where no serde changes how many there are."""
+        return frame.raw_bytes(namespace, tokens, self._pipeline)
 
     def tell_stored(self, keys: Sequence[ChunkKey], nbytes: int, seconds: float) -> None:
         """This tier now has these chunks, of one sequence."""
         event = Stored(tier=self.name, keys=tuple(keys), nbytes=nbytes, seconds=seconds)
         self._observers.tell(event)
 
-    def _drop(self, keys: Sequence[ChunkKey], reason: str) -> None:
+    def _drop(self, keys: Sequence[ChunkKey], reason: Reason) -> None:
         for some in by_namespace(keys):
-            self._observers.tell(Dropped(tier=self.name, keys=some, reason=Reason(reason)))
+            self._observers.tell(Dropped(tier=self.name, keys=some, reason=reason))
+
+    def _evicted(self, transfer: Transfer) -> None:
+        for some in by_namespace(map(ChunkKey, transfer.evicted)):
+            self._observers.tell(Evicted(tier=self.name, keys=some))
 
     # Trouble
 
-    def _call(self, work: Callable[[], T]) -> T:
+    def _transfer(self) -> Transfer:
+        """The clock of a call that moves frames, beside others."""
+        return Transfer(self.deadline, self._line, limit=MAX_FRAME_BYTES, waits=False)
+
+    def _call(self, work: Callable[[Transfer], T]) -> T:
         """What `work` returns; raises DeadlineExceeded where a store takes too long for it."""
-        return work() if self.in_memory else self._workers.call(work, self._deadline)
+        transfer = Transfer(self.deadline)
+        try:
+            if self.in_memory:
+                return work(transfer)
+            return self._workers.call(lambda: work(transfer), transfer)
+        finally:
+            self._evicted(transfer)
 
     def _failed(self, breaker: Breaker, operation: Operation, error: Exception) -> Reason:
         """Log and count a failure; returns the reason to count its chunks under."""
-        late = isinstance(error, DeadlineExceeded | TimeoutError)
-        reason = Reason.DEADLINE if late else Reason.ERROR
+        reason = Reason.DEADLINE if isinstance(error, TimeoutError) else Reason.ERROR
         cause = blame.cause(error)
-        log.debug("tier %s: %s: %s", self.name, operation, blame.culprit(error, self._backend))
+        log.debug("tier %s: %s: %s", self.name, operation, blame.culprit(error, self._opened))
         kind = f"{self.name} {operation} {type(error).__name__}"
         LOG.warn(kind, f"tier {self.name}: {operation} failed: {cause}")
         event = Failed(tier=self.name, operation=operation, reason=reason, cause=cause)
         self._observers.tell(event)
-        breaker.failed(f"{operation}: {cause}", at_once=late)
+        breaker.failed(f"{operation}: {cause}", at_once=reason == Reason.DEADLINE)
         return reason
 
     def ping(self) -> None:
         """Return if the store answers; else raise what it raises, or DeadlineExceeded."""
-        self._call(lambda: self._backend.ping(self._deadline))
+        transfer = Transfer(self.deadline)
+        self._workers.call(partial(self._connect, transfer), transfer)
 
-    def state_changed(self, path: Path) -> Callable[[str, str], None]:
-        """Who is to hear that a path, such as "reads", is "open", that is bypassed, or "closed"."""
+    def state_changed(self, path: Path) -> Callable[[State, str], None]:
+        """Who is to hear that a path, such as "reads", is bypassed or in use again."""
 
-        def changed(state: str, cause: str) -> None:
-            text = f"tier {self.name}: {path} are {'bypassed' if state == 'open' else 'back'}"
-            LOG.warn(f"{self.name} {path} {state}", f"{text}: {cause}")
-            kind = Bypassed if state == "open" else InUse
+        def changed(state: State, cause: str) -> None:
+            text = f"tier {self.name}: {path} are {state}: {cause}"
+            LOG.warn(f"{self.name} {path} {state}", text)
+            kind = Bypassed if state == State.BYPASSED else InUse
             self._observers.tell(kind(tier=self.name, path=path, cause=masked(cause)))
 
         return changed
-
-    def _evicted(self, keys: Sequence[ChunkKey]) -> None:
-        for some in by_namespace(keys):
-            self._observers.tell(Evicted(tier=self.name, keys=some))
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until what was taken is stored or dropped; False where that takes longer."""
         return self._writer.flush(timeout)
 
-    def close(self, timeout: float) -> None:
-        """Store what was taken, then release everything. A hung store is left behind."""
+    def refuse(self) -> None:
+        """Take no more chunks."""
+        self._writer.refuse()
+
+    def drain(self, timeout: float) -> None:
+        """Store what was taken; drop what that takes longer for."""
         self._writer.close(timeout)
+
+    def close(self) -> None:
+        """Release everything, within a deadline. What hangs is left behind."""
+        end = time.monotonic() + self.deadline
+        self._writer.close(0.0)
         self._reads.close()
         self._writes.close()
+        self._closed = True
         try:
-            self._call(self._backend.close)
+            if self._opened is not None:
+                backend = self._opened
+                self._call(lambda transfer: backend.close())
         except Exception as error:
             self._failed(self._writes, "close", error)
-        self._workers.close()
-        self._readers.close()
-        self._encoders.close()
+        for threads in (self._workers, self._readers, self._encoders):
+            threads.close(max(JOIN_SECONDS, end - time.monotonic()))
 
 
-def _offer(box: queue.Queue[_Arrival], item: _Arrival, stop: threading.Event) -> bool:
-    """Put an item; False where nobody takes any more."""
-    while not stop.is_set():
-        try:
-            box.put(item, timeout=0.05)
-        except queue.Full:
-            continue
-        return True
-    return False
-
-
-def _allocate(nbytes: int) -> memoryview:
-    if nbytes > MAX_FRAME_BYTES:
-        raise StorageError(f"a frame of {nbytes} bytes; none has more than {MAX_FRAME_BYTES}")
-    return HOST.allocate(nbytes)
+def _check_room(room: object, nbytes: int) -> None:
+    if room is None:
+        return
+    if not isinstance(room, memoryview) or room.nbytes != nbytes or room.readonly:
+        raise StorageError(f"reserved what is not {nbytes} writable bytes")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from lmcache_core.io.threads import start_thread
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
+from lmcache_core.plugins.events import Reason
+from lmcache_core.plugins.log import LOG
 
 BATCH_BYTES = 64 << 20
 """About this much is handed to the store at a time."""
@@ -19,9 +21,9 @@ MAX_HOLES = 65536
 MAX_TOUCHES = 1024
 """Beyond this many waiting jobs a touch is not worth its place."""
 
-Write = Callable[[Sequence[Chunk], Sequence[ChunkKey]], int]
-"""(chunks, their chain) -> how many of them, from the first, the store now has."""
-Drop = Callable[[Sequence[ChunkKey], str], None]
+Write = Callable[[Sequence[Chunk], tuple[ChunkKey, ...]], int]
+"""(chunks, their sequence) -> how many of them, from the first, the store now has."""
+Drop = Callable[[Sequence[ChunkKey], Reason], None]
 """Hears (keys, reason) of chunks that were not stored."""
 
 
@@ -55,30 +57,34 @@ class WriteBehind:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._busy = False
-        self._closed = False
+        self._refuses = self._closed = False
 
-    def add(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> str:
-        """Queue a chunk of the sequence `keys`; returns "" or why it was refused. Raises
+    def __repr__(self) -> str:
+        return f"<WriteBehind: {len(self.pending)} chunks wait, {self._bytes} bytes>"
+
+    def add(self, chunk: Chunk, keys: tuple[ChunkKey, ...]) -> Reason | None:
+        """Queue a chunk of the sequence `keys`, or say why it is refused. Chunks of one sequence
+        come with the same tuple: those that lie next to each other are written together. Raises
         RuntimeError where the thread cannot be had."""
         with self._changed:
-            if self._behind_hole(keys[: chunk.index]):
-                return "hole"
+            if self._behind_hole(keys, chunk.index):
+                return Reason.HOLE
             if self._block:
-                self._changed.wait_for(lambda: self._closed or self._fits(chunk.nbytes))
-            if self._closed or not self._fits(chunk.nbytes):
-                return "queue"
+                self._changed.wait_for(lambda: self._refuses or self._fits(chunk.nbytes))
+            if self._refuses or not self._fits(chunk.nbytes):
+                return Reason.QUEUE
             if chunk.key not in self.pending:
                 self._append(_Job(chunk, keys))
                 self.pending[chunk.key] = chunk
                 self._bytes += chunk.nbytes
             self.holes.pop(chunk.key, None)
-        return ""
+        return None
 
     def call(self, work: _Call) -> None:
         """Do something else with the store, after what was taken before; or not at all, where no
         thread can be had."""
         with self._changed, suppress(RuntimeError):
-            if not self._closed:
+            if not self._refuses:
                 self._append(work)
 
     @property
@@ -91,8 +97,8 @@ class WriteBehind:
         with self._changed:
             self._remember(keys)
 
-    def _behind_hole(self, before: Sequence[ChunkKey]) -> bool:
-        return bool(self.holes) and any(key in self.holes for key in before)
+    def _behind_hole(self, keys: Sequence[ChunkKey], index: int) -> bool:
+        return bool(self.holes) and any(key in self.holes for key in keys[:index])
 
     def _fits(self, nbytes: int) -> bool:
         return self._bytes + nbytes <= self._budget or not self.pending
@@ -110,7 +116,10 @@ class WriteBehind:
 
     def _run(self) -> None:
         while (work := self._take()) is not None:
-            work()
+            try:
+                work()
+            except BaseException as error:  # the store's are counted: this is a listener's
+                LOG.warn("writer", f"the thread that writes goes on after {error!r}")
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
@@ -137,16 +146,21 @@ class WriteBehind:
             self._jobs.popleft()
             chunks.append(job.chunk)
             nbytes += job.chunk.nbytes
-        return partial(self._store, chunks, first.keys[: chunks[-1].index + 1])
+        return partial(self._store, chunks, first.keys)
 
-    def _store(self, chunks: Sequence[Chunk], chain: tuple[ChunkKey, ...]) -> None:
+    def _store(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> None:
         with self._changed:
-            hole = self._behind_hole(chain[: chunks[0].index])
+            hole = self._behind_hole(keys, chunks[0].index)
         stored = 0
-        if hole:
-            self._drop([chunk.key for chunk in chunks], "hole")
-        else:
-            stored = self._write(chunks, chain)
+        try:
+            if hole:
+                self._drop([chunk.key for chunk in chunks], Reason.HOLE)
+            else:
+                stored = self._write(chunks, keys)
+        finally:
+            self._written(chunks, stored)
+
+    def _written(self, chunks: Sequence[Chunk], stored: int) -> None:
         with self._changed:
             for chunk in chunks:
                 if self.pending.pop(chunk.key, None) is not None:  # none is left once closed
@@ -158,8 +172,15 @@ class WriteBehind:
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout)
 
+    def refuse(self) -> None:
+        """Take no more, and let go whoever waits for room."""
+        with self._changed:
+            self._refuses = True
+            self._changed.notify_all()
+
     def close(self, timeout: float) -> None:
         """Flush for at most `timeout` seconds, drop the rest, end the thread."""
+        self.refuse()
         drained = self.flush(timeout)
         with self._changed:
             self._closed = True
@@ -168,6 +189,6 @@ class WriteBehind:
             self.pending.clear()  # even what a hung store holds: nothing is found here any more
             self._changed.notify_all()
         if left:
-            self._drop(left, "deadline")
+            self._drop(left, Reason.DEADLINE)
         if drained and self._thread is not None:
             self._thread.join(timeout)

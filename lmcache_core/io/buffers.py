@@ -8,6 +8,11 @@ Buffers = Sequence[memoryview]
 """Writers send the buffers of a frame as they are; readers get them however the bytes came."""
 
 
+def nbytes_of(parts: Buffers) -> int:
+    """Bytes of all of them."""
+    return sum(part.nbytes for part in parts)
+
+
 def concat(parts: Buffers) -> memoryview:
     """All of it as one buffer; a copy where more than one part holds something."""
     filled = [part for part in parts if part.nbytes]

@@ -1,4 +1,4 @@
-"""Daemon threads for calls that may hang: the caller waits one deadline, the thread may wait on.
+"""Daemon threads for calls that may hang: the caller waits for a while, the thread may wait on.
 
 concurrent.futures' own pool joins its threads when the interpreter exits, so one hung store would
 hang the whole process; these do not.
@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-from lmcache_core.errors import DeadlineExceeded
+from lmcache_core.errors import StorageError
 from lmcache_core.io.threads import start_thread
+from lmcache_core.io.transfer import Transfer
 
 T = TypeVar("T")
 _Job = tuple["Future[Any]", Callable[[], Any]]
@@ -32,6 +33,9 @@ class DaemonPool:
         self._idle = 0
         """Threads that no job has been promised to; below 0 jobs that wait for one."""
         self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<DaemonPool {self._name}: {len(self._threads)} threads, {max(0, self._idle)} idle>"
 
     def start(self) -> None:
         """Have a thread from now on: `submit` fails no more for want of one.
@@ -65,16 +69,19 @@ class DaemonPool:
             return False
         return True
 
-    def call(self, work: Callable[[], T], timeout: float) -> T:
-        """What `work` returns or raises; DeadlineExceeded where it takes longer than `timeout`."""
+    def call(self, work: Callable[[], T], transfer: Transfer) -> T:
+        """What `work` returns or raises; DeadlineExceeded where it outlasts `transfer`."""
         future = self.submit(work)
-        try:
-            return future.result(timeout)
-        except FutureTimeout:
-            if future.done():  # the work itself raised a TimeoutError
-                raise
-            future.cancel()
-            raise DeadlineExceeded(f"no answer within {timeout:.3g} s") from None
+        while True:
+            left = transfer.remaining()
+            try:
+                return future.result(max(0.0, left))
+            except FutureTimeout:
+                if future.done():  # the work itself raised a TimeoutError
+                    raise
+            if left <= 0:
+                future.cancel()
+                raise transfer.late()
 
     def close(self, patience: float = 0.5) -> None:
         """Idle threads end now; one that hangs is left behind and ends when its call does."""
@@ -105,4 +112,12 @@ def _do(future: Future[Any], work: Callable[[], Any]) -> None:
     try:
         future.set_result(work())
     except BaseException as error:  # handed to whoever waits
-        future.set_exception(error)
+        future.set_exception(as_exception(error))
+
+
+def as_exception(error: BaseException) -> Exception:
+    """What a plugin raised on a thread of ours, as what cannot end who waits for it: a panic of
+    Rust's or a SystemExit is a failure like others there."""
+    if isinstance(error, Exception):
+        return error
+    return StorageError(f"{type(error).__name__}: {error}")

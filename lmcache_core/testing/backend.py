@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 import pytest
 
-from lmcache_core.backend import StorageBackend
+from lmcache_core.backend import StorageBackend, Stored, SupportsScan, Transfer
 from lmcache_core.io.buffers import Buffers
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.testing.leaks import no_leaks
@@ -108,7 +108,7 @@ class BackendConformance:
         assert _put(backend, {key: value}) == 1
         assert raw.read(key) == value
         assert _get(backend, [key]) == {0: value}
-        assert backend.contains([key], TIMEOUT) == [True]
+        assert backend.contains([key], clock()) == [True]
 
     def test_a_large_value(self, backend: StorageBackend, raw: RawAccess) -> None:
         key, value = _key(1), _value(1, 48 << 20)
@@ -122,7 +122,7 @@ class BackendConformance:
         key, value = _key(1), _value(1, 5000)
         parts = [memoryview(value[i : i + 2]) for i in range(0, 5000, 2)]  # more than IOV_MAX
         parts = [memoryview(b""), *parts[:9], memoryview(b""), *parts[9:], memoryview(b"")]
-        assert backend.put([(key, parts)], [key], TIMEOUT) == 1
+        assert backend.put([(key, parts)], [key], clock()) == 1
         assert raw.read(key) == value
         assert _get(backend, [key]) == {0: value}
 
@@ -131,7 +131,7 @@ class BackendConformance:
     ) -> None:
         key, value = _key(1), _value(1, 5000)
         raw.write(key, value)
-        assert backend.contains([key], TIMEOUT) == [True]
+        assert backend.contains([key], clock()) == [True]
         assert _get(backend, [key]) == {0: value}
 
     def test_a_value_that_is_there_is_not_written_again(
@@ -147,8 +147,8 @@ class BackendConformance:
     ) -> None:
         keys = [_key(n) for n in range(8)]
         _put(backend, {key: _value(n, 5000) for n, key in enumerate(keys)})
-        held = dict(backend.get(keys, _allocate, TIMEOUT))
-        backend.delete(keys, TIMEOUT)
+        held = dict(backend.get(keys, clock()))
+        backend.delete(keys, clock())
         _put(backend, {_key(n): _value(n, 5000) for n in range(8, 16)})
         for n in range(8):
             assert b"".join(held[n]) == _value(n, 5000)
@@ -158,20 +158,20 @@ class BackendConformance:
     def test_absent_keys_are_left_out(self, backend: StorageBackend) -> None:
         here, gone = _key(1), _key(2)
         _put(backend, {here: b"x"})
-        assert backend.contains([gone, here, gone], TIMEOUT) == [False, True, False]
+        assert backend.contains([gone, here, gone], clock()) == [False, True, False]
         assert _get(backend, [gone, here, gone]) == {1: b"x"}
 
     def test_a_batch_may_be_empty(self, backend: StorageBackend) -> None:
-        assert backend.contains([], TIMEOUT) == []
+        assert backend.contains([], clock()) == []
         assert _get(backend, []) == {}
-        assert backend.put([], [], TIMEOUT) == 0
-        backend.delete([], TIMEOUT)
-        backend.touch([], TIMEOUT)
+        assert backend.put([], [], clock()) == 0
+        backend.delete([], clock())
+        backend.touch([], clock())
 
     def test_a_batch_may_name_a_key_twice(self, backend: StorageBackend) -> None:
         key = _key(1)
         assert _put(backend, {key: b"x"}) == 1
-        assert backend.contains([key, key], TIMEOUT) == [True, True]
+        assert backend.contains([key, key], clock()) == [True, True]
         assert _get(backend, [key, key]) == {0: b"x", 1: b"x"}
 
     def test_many_at_once(self, backend: StorageBackend, raw: RawAccess) -> None:
@@ -179,7 +179,7 @@ class BackendConformance:
         assert _put(backend, values) == 300
         assert raw.keys() == set(values)
         keys = list(values)
-        assert all(backend.contains(keys, TIMEOUT))
+        assert all(backend.contains(keys, clock()))
         assert _get(backend, keys) == {n: values[key] for n, key in enumerate(keys)}
 
     def test_delete_removes_what_it_names_and_nothing_else(
@@ -187,23 +187,23 @@ class BackendConformance:
     ) -> None:
         keys = [_key(n) for n in range(4)]
         _put(backend, dict.fromkeys(keys, b"x"))
-        backend.delete([keys[1], keys[3], _key(9)], TIMEOUT)
+        backend.delete([keys[1], keys[3], _key(9)], clock())
         assert raw.keys() == {keys[0], keys[2]}
-        assert backend.contains(keys, TIMEOUT) == [True, False, True, False]
+        assert backend.contains(keys, clock()) == [True, False, True, False]
 
     def test_scan_tells_every_key_and_its_size(self, backend: StorageBackend) -> None:
         values = {_key(n): _value(n, 100 * n) for n in range(1, 20)}
-        assert list(backend.scan()) == []
+        assert list(scan(backend)) == []
         _put(backend, values)
-        found = {stored.key: stored.nbytes for stored in backend.scan()}
+        found = {stored.key: stored.nbytes for stored in scan(backend)}
         assert found == {key: len(value) for key, value in values.items()}
 
     def test_touch_and_ping_are_harmless(self, backend: StorageBackend) -> None:
         keys = [_key(n) for n in range(3)]
         _put(backend, dict.fromkeys(keys, b"x"))
-        backend.touch([*keys, _key(9)], TIMEOUT)
-        backend.ping(TIMEOUT)
-        assert all(backend.contains(keys, TIMEOUT))
+        backend.touch([*keys, _key(9)], clock())
+        backend.ping(clock())
+        assert all(backend.contains(keys, clock()))
 
     # What may go wrong
 
@@ -217,13 +217,13 @@ class BackendConformance:
         broken.release()
         for key in (fresh, old):
             try:
-                stored = backend.put([(key, [memoryview(b"start"), broken])], [key], TIMEOUT)
+                stored = backend.put([(key, [memoryview(b"start"), broken])], [key], clock())
             except Exception:
                 stored = 0
             assert stored == 0 or key == old
         assert raw.read(old) == b"old"
         assert raw.read(fresh) is None
-        assert backend.contains([fresh, old], TIMEOUT) == [False, True]
+        assert backend.contains([fresh, old], clock()) == [False, True]
         assert _put(backend, {fresh: b"new"}) == 1
         assert raw.read(fresh) == b"new"
 
@@ -235,7 +235,7 @@ class BackendConformance:
         keys = [_key(n) for n in range(5)]
         values = [_value(n, 3000) for n in range(5)]
         _put(backend, dict(zip(keys, values, strict=True)))
-        backend.delete([keys[2]], TIMEOUT)
+        backend.delete([keys[2]], clock())
         raw.write(keys[2], damage)
         got = _get(backend, keys)
         assert got.pop(2, b"") in (damage, b"")
@@ -245,7 +245,7 @@ class BackendConformance:
         keys = [_key(n) for n in range(50)]
         _put(backend, {key: _value(n, 3000) for n, key in enumerate(keys)})
         for _ in range(20):
-            next(iter(backend.get(keys, _allocate, TIMEOUT)))
+            next(iter(backend.get(keys, clock())))
         assert _get(backend, keys[:1]) == {0: _value(0, 3000)}
 
     def test_a_deadline_that_cannot_be_kept_is_an_error_and_not_a_wait(
@@ -257,10 +257,10 @@ class BackendConformance:
         _put(backend, values)
         began = time.monotonic()
         for call in (
-            lambda: backend.contains(keys, 1e-6),
-            lambda: list(backend.get(keys, _allocate, 1e-6)),
-            lambda: backend.touch(keys, 1e-6),
-            lambda: backend.ping(1e-6),
+            lambda: backend.contains(keys, clock(1e-6)),
+            lambda: list(backend.get(keys, clock(1e-6))),
+            lambda: backend.touch(keys, clock(1e-6)),
+            lambda: backend.ping(clock(1e-6)),
         ):
             with contextlib.suppress(Exception):
                 call()
@@ -282,11 +282,11 @@ class BackendConformance:
                     case 0:
                         _put(backend, {keys[n]: values[n] for n in picked})
                     case 1:
-                        backend.delete(batch[:2], TIMEOUT)
+                        backend.delete(batch[:2], clock())
                     case _:
                         got = _get(backend, batch)
                         wrong.extend(n for n, v in got.items() if v != values[picked[n]])
-                        backend.contains(batch, TIMEOUT)
+                        backend.contains(batch, clock())
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
@@ -323,8 +323,8 @@ class BackendConformance:
         for n in range(10):
             _put(one, {_key(n): _value(n, 3000)})
             assert _get(two, [_key(n)]) == {0: _value(n, 3000)}
-        two.delete([_key(3)], TIMEOUT)
-        assert one.contains([_key(3), _key(4)], TIMEOUT) == [False, True]
+        two.delete([_key(3)], clock())
+        assert one.contains([_key(3), _key(4)], clock()) == [False, True]
         one.close()
         two.close()
 
@@ -349,16 +349,15 @@ class BackendConformance:
     @_needs("bounded")
     def test_a_full_store_keeps_to_its_capacity(self, open_small: Open, raw: RawAccess) -> None:
         backend = open_small()
-        evicted: list[ChunkKey] = []
-        backend.on_evict = evicted.extend
         keys = [_key(n) for n in range(100)]
+        transfer = clock()
         for n, key in enumerate(keys):
-            assert _put(backend, {key: _value(n, SMALL // 10)}) == 1
-            assert sum(stored.nbytes for stored in backend.scan()) <= SMALL
-        left = {stored.key for stored in backend.scan()}
+            assert _put(backend, {key: _value(n, SMALL // 10)}, transfer) == 1
+            assert sum(stored.nbytes for stored in scan(backend)) <= SMALL
+        left = {stored.key for stored in scan(backend)}
         assert len(left) >= 5
-        assert set(evicted) == set(keys) - left
-        assert len(evicted) == len(set(evicted))
+        assert set(transfer.evicted) == set(keys) - left
+        assert len(transfer.evicted) == len(set(transfer.evicted))
         backend.close()
 
     @_needs("bounded")
@@ -368,7 +367,7 @@ class BackendConformance:
         backend = open_small()
         _put(backend, {_key(1): b"x"})
         assert _put(backend, {_key(2): bytes(SMALL + 1)}) == 0
-        assert backend.contains([_key(1), _key(2)], TIMEOUT) == [True, False]
+        assert backend.contains([_key(1), _key(2)], clock()) == [True, False]
         backend.close()
 
     @_needs("bounded")
@@ -379,7 +378,7 @@ class BackendConformance:
         values = {_key(n): _value(n, SMALL // 10) for n in range(20)}
         stored = _put(backend, values)
         assert 0 < stored < 20
-        present = backend.contains(list(values), TIMEOUT)
+        present = backend.contains(list(values), clock())
         assert present == [n < stored for n in range(20)]
         backend.close()
 
@@ -392,12 +391,12 @@ class BackendConformance:
         for chain in (old, young):
             _put(backend, {key: _value(1, SMALL // 10) for key in chain})
             time.sleep(0.01)
-        backend.touch(old, TIMEOUT)  # now `young` is the older one
+        backend.touch(old, clock())  # now `young` is the older one
         time.sleep(0.01)
         for n in range(20, 24):
             _put(backend, {_key(n): _value(n, SMALL // 10)})
-        assert all(backend.contains(old, TIMEOUT))
-        there = backend.contains(young, TIMEOUT)
+        assert all(backend.contains(old, clock()))
+        there = backend.contains(young, clock())
         assert not all(there)
         assert there == sorted(there, reverse=True)  # what is left is its beginning
         backend.close()
@@ -417,7 +416,7 @@ def _hammer(open_backend: Open, seed: int, outcomes: SimpleQueue[str]) -> None:
             if any(got[i] != value for i, value in enumerate(values.values()) if i in got):
                 raise AssertionError("another key's value, or half a one")
             if chance.random() < 0.3:
-                backend.delete(list(values)[:2], TIMEOUT)
+                backend.delete(list(values)[:2], clock())
         backend.close()
     except BaseException as error:
         outcomes.put(repr(error))
@@ -433,18 +432,30 @@ def _value(number: int, nbytes: int) -> bytes:
     return random.Random(number).randbytes(nbytes)
 
 
-def _put(backend: StorageBackend, values: dict[ChunkKey, bytes]) -> int:
-    """Put values as one sequence, each in a few parts."""
+def clock(timeout: float = TIMEOUT) -> Transfer:
+    """What a tier would hand to a call."""
+    return Transfer(timeout)
+
+
+def scan(backend: StorageBackend) -> Iterator[Stored]:
+    """Every frame that is there, of a backend that can tell."""
+    if not isinstance(backend, SupportsScan):
+        pytest.skip("the backend has no scan")
+    return backend.scan(clock())
+
+
+def _put(
+    backend: StorageBackend, values: dict[ChunkKey, bytes], transfer: Transfer | None = None
+) -> int:
+    """Put values as one sequence, each in a few parts, and touch it."""
     frames: list[tuple[ChunkKey, Buffers]] = [
         (key, [memoryview(value)[: len(value) // 3], memoryview(value)[len(value) // 3 :]])
         for key, value in values.items()
     ]
-    return backend.put(frames, list(values), TIMEOUT)
+    stored = backend.put(frames, list(values), transfer or clock())
+    backend.touch(list(values), clock())
+    return stored
 
 
 def _get(backend: StorageBackend, keys: Sequence[ChunkKey]) -> dict[int, bytes]:
-    return {i: b"".join(parts) for i, parts in backend.get(keys, _allocate, TIMEOUT)}
-
-
-def _allocate(nbytes: int) -> memoryview:
-    return memoryview(bytearray(b"\xee" * nbytes))
+    return {i: b"".join(parts) for i, parts in backend.get(keys, clock())}

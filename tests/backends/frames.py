@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from lmcache_core import ChunkKey, StorageBackend, StorageError
+from lmcache_core.backend import Stored, SupportsScan, Transfer
 
 LONG = 20.0
 SHORT = 0.3
@@ -29,18 +31,26 @@ def allocate(nbytes: int) -> memoryview:
     return memoryview(bytearray(b"\xee" * nbytes))
 
 
+class Into(Transfer):
+    """A call that reads into what a test allocates."""
+
+    def __init__(self, timeout: float, allocate: Callable[[int], memoryview]) -> None:
+        super().__init__(timeout)
+        self.allocate = allocate  # type: ignore[method-assign]
+
+
 def here(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> list[bool]:
-    return backend.contains(keys(*numbers), timeout)
+    return backend.contains(keys(*numbers), Transfer(timeout))
 
 
 def put(backend: StorageBackend, *numbers: int, nbytes: int = NBYTES, timeout: float = LONG) -> int:
     frames = [(key(n), [memoryview(value(n, nbytes))]) for n in numbers]
-    return backend.put(frames, keys(*numbers), timeout)
+    return backend.put(frames, keys(*numbers), Transfer(timeout))
 
 
 def get(backend: StorageBackend, *numbers: int, timeout: float = LONG) -> dict[int, bytes]:
     """What came, by number."""
-    got = backend.get(keys(*numbers), allocate, timeout)
+    got = backend.get(keys(*numbers), Transfer(timeout))
     return {numbers[i]: b"".join(parts) for i, parts in got}
 
 
@@ -49,9 +59,24 @@ def everything(backend: StorageBackend, *numbers: int, nbytes: int = NBYTES) -> 
     return get(backend, *numbers) == {n: value(n, nbytes) for n in numbers}
 
 
+def greet(open_backend: Callable[[], StorageBackend]) -> None:
+    """Open it and let its store say whether it may be used, as a tier does."""
+    backend = open_backend()
+    try:
+        backend.ping(Transfer(LONG))
+    finally:
+        backend.close()
+
+
 def works(backend: StorageBackend) -> bool:
     try:
-        backend.ping(SHORT)
+        backend.ping(Transfer(SHORT))
     except (StorageError, OSError):
         return False
     return True
+
+
+def scan(backend: StorageBackend) -> list[Stored]:
+    """Every frame that is there."""
+    assert isinstance(backend, SupportsScan)
+    return list(backend.scan(Transfer(LONG)))

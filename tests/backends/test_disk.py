@@ -23,8 +23,9 @@ import pytest
 from lmcache_backends import disk
 from lmcache_backends.disk import DiskBackend, DiskOptions
 from lmcache_core import ChunkKey, ConfigError, StorageBackend, StorageError
+from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
-from tests.backends.frames import allocate, key
+from tests.backends.frames import Into, key, scan
 
 GIB = 1 << 30
 
@@ -88,7 +89,7 @@ class TestDisk(BackendConformance):
 def put(backend: StorageBackend, *numbers: int, nbytes: int = 1000) -> int:
     keys = [key(n) for n in numbers]
     value = memoryview(bytes(nbytes))
-    return backend.put([(k, [value]) for k in keys], keys, 20.0)
+    return backend.put([(k, [value]) for k in keys], keys, Transfer(20.0))
 
 
 def usage(path: Path) -> int:
@@ -109,7 +110,7 @@ def write_on(path: Path, seed: int, opened: Event) -> None:
     for n in count(seed * 1_000_000):
         value = n.to_bytes(8, "little") * 40_000
         k = ChunkKey(random.Random(n).randbytes(32))
-        backend.put([(k, [memoryview(value)[:11], memoryview(value)[11:]])], [k], 20.0)
+        backend.put([(k, [memoryview(value)[:11], memoryview(value)[11:]])], [k], Transfer(20.0))
 
 
 def test_kill_9_at_any_moment_leaves_only_whole_chunks(tmp_path: Path, raw: RawFiles) -> None:
@@ -206,7 +207,7 @@ def test_short_writes_go_on_where_they_ended(
     monkeypatch.setattr(disk.os, "writev", lambda fd, parts: real(fd, [parts[0][:7]]))
     value = random.Random(1).randbytes(1000)
     parts = [memoryview(value)[:13], memoryview(value)[13:]]
-    assert backend.put([(key(1), parts)], [key(1)], 5.0) == 1
+    assert backend.put([(key(1), parts)], [key(1)], Transfer(5.0)) == 1
     assert raw.read(key(1)) == value
 
 
@@ -223,7 +224,7 @@ def test_a_really_full_file_system(tmp_path: Path) -> None:
         backend = opener(mount)()
         stored = sum(put(backend, n, nbytes=100_000) for n in range(20))
         assert 5 <= stored <= 10
-        assert len(list(backend.scan())) == stored
+        assert len(scan(backend)) == stored
         assert left_over(mount) == []
         assert usage(mount) == 100_000 * stored
         backend.close()
@@ -240,12 +241,12 @@ def test_a_directory_that_is_removed_fails_and_works_again_when_it_is_back(
         put(backend, 1)
         shutil.rmtree(root)
         with pytest.raises(StorageError, match="is gone"):
-            backend.contains([key(1)], 1.0)
+            backend.contains([key(1)], Transfer(1.0))
         with pytest.raises(StorageError):
-            backend.ping(1.0)
+            backend.ping(Transfer(1.0))
         with pytest.raises(OSError, match="No such file"):
             put(backend, 2)
-        assert list(backend.get([key(1)], lambda n: memoryview(bytearray(n)), 1.0)) == []
+        assert list(backend.get([key(1)], Into(1.0, lambda n: memoryview(bytearray(n))))) == []
         assert not root.exists()  # it may be a mount point: nothing is written beside it
         opener(root)().close()
         assert put(backend, 2) == 1
@@ -260,7 +261,7 @@ def test_what_is_no_file_is_not_a_chunk_and_holds_nobody(
     os.mkfifo(raw.path(key(1)))
     raw.path(key(2)).unlink()
     raw.path(key(2)).mkdir()
-    got = {i: b"".join(p) for i, p in backend.get([key(n) for n in (1, 2, 3)], allocate, 1.0)}
+    got = {i: b"".join(p) for i, p in backend.get([key(n) for n in (1, 2, 3)], Transfer(1.0))}
     assert got == {0: b"", 1: b"", 2: bytes(1000)}
 
 
@@ -282,7 +283,7 @@ def _fill(path: Path, seed: int, over: multiprocessing.SimpleQueue) -> None:
     for n in range(120):
         put(backend, seed * 1000 + n, nbytes=SMALL // 4)
         if n % 4 == 0:
-            peak = max(peak, sum(stored.nbytes for stored in backend.scan()))
+            peak = max(peak, sum(stored.nbytes for stored in scan(backend)))
     backend.close()
     over.put(peak)
 
@@ -297,7 +298,7 @@ def test_processes_that_share_a_directory_keep_to_one_capacity(
     highest = max(peaks.get() for _ in workers)
     for worker in workers:
         worker.join(60)
-    stored = sum(s.nbytes for s in opener(tmp_path, 20 * SMALL)().scan())
+    stored = sum(s.nbytes for s in scan(opener(tmp_path, 20 * SMALL)()))
     assert highest <= 20 * SMALL * 1.1
     assert 20 * SMALL * 0.8 <= stored <= 20 * SMALL
 
@@ -314,8 +315,8 @@ def test_a_stopped_process_that_holds_the_lock_does_not_stop_reads(tmp_path: Pat
     )
     holder.stdout.readline()
     holder.send_signal(signal.SIGSTOP)
-    assert backend.contains([key(1)], 1.0) == [True]
-    assert [i for i, _ in backend.get([key(1)], allocate, 1.0)] == [0]
+    assert backend.contains([key(1)], Transfer(1.0)) == [True]
+    assert [i for i, _ in backend.get([key(1)], Transfer(1.0))] == [0]
     holder.kill()
     holder.wait()
     holder.stdout.close()
@@ -326,10 +327,10 @@ def test_a_stopped_process_that_holds_the_lock_does_not_stop_reads(tmp_path: Pat
 def test_a_reading_process_keeps_what_another_evicts(tmp_path: Path) -> None:
     one, two = opener(tmp_path, SMALL)(), opener(tmp_path, SMALL)()
     put(one, 1, nbytes=SMALL // 2)
-    ((_, parts),) = one.get([key(1)], allocate, 1.0)
+    ((_, parts),) = one.get([key(1)], Transfer(1.0))
     for n in range(2, 9):
         put(two, n, nbytes=SMALL // 2)
-    assert one.contains([key(1)], 1.0) == [False]
+    assert one.contains([key(1)], Transfer(1.0)) == [False]
     assert b"".join(parts) == bytes(SMALL // 2)
     one.close()
     two.close()
@@ -350,7 +351,7 @@ def test_a_hundred_thousand_chunks_open_in_seconds(tmp_path: Path, raw: RawFiles
     began = time.monotonic()
     backend = opener(tmp_path)()
     assert time.monotonic() - began < 10
-    assert backend.contains([key(n) for n in range(100)], 5.0) == [True] * 100
+    assert backend.contains([key(n) for n in range(100)], Transfer(5.0)) == [True] * 100
     backend.close()
 
 
@@ -381,7 +382,7 @@ def test_reading_lands_in_the_callers_buffer(backend: DiskBackend) -> None:
         buffers.append(memoryview(bytearray(nbytes)))
         return buffers[-1]
 
-    ((_, parts),) = backend.get([key(1)], allocate, 1.0)
+    ((_, parts),) = backend.get([key(1)], Into(1.0, allocate))
     assert [part.obj for part in parts] == [buffer.obj for buffer in buffers]
 
 
@@ -397,12 +398,14 @@ def test_a_slow_disk_is_told_from_one_that_hangs(
         progress.append(0)
         return real(fd, buffers, offset)
 
-    def moved() -> None:
-        progress[-1] += 1
+    class Noting(Transfer):
+        def moved(self, nbytes: int) -> None:
+            super().moved(nbytes)
+            if nbytes:
+                progress[-1] += 1
 
     monkeypatch.setattr(disk.os, "preadv", counting)
-    backend.on_progress = moved
-    ((_, parts),) = backend.get([key(1)], allocate, 1.0)
+    ((_, parts),) = backend.get([key(1)], Noting(1.0))
     assert b"".join(parts) == bytes(7 << 20)
     assert progress == [1, 1, 1, 1]
 
@@ -420,5 +423,5 @@ def test_reading_a_chunk_costs_four_system_calls(
             return real(*args)
 
         monkeypatch.setattr(disk.os, name, counting)
-    list(backend.get([key(1)], allocate, 1.0))
+    list(backend.get([key(1)], Transfer(1.0)))
     assert calls == ["open", "fstat", "preadv", "close"]

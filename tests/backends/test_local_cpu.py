@@ -9,7 +9,9 @@ import pytest
 
 from lmcache_backends.local_cpu import LocalCpuBackend, LocalCpuOptions
 from lmcache_core import ChunkKey, StorageBackend, UnknownComponent
+from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance
+from tests.backends.frames import Into
 
 GIB = 1 << 30
 
@@ -59,9 +61,9 @@ def key(number: int) -> ChunkKey:
 def test_it_keeps_the_very_buffer_that_it_was_given() -> None:
     backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
     buffer = bytearray(1000)
-    backend.put([(key(1), [memoryview(buffer)])], [key(1)], 1.0)
+    backend.put([(key(1), [memoryview(buffer)])], [key(1)], Transfer(1.0))
     buffer[7] = 99
-    ((_, parts),) = backend.get([key(1)], lambda n: pytest.fail("no buffer is needed"), 1.0)
+    ((_, parts),) = backend.get([key(1)], Into(1.0, lambda n: pytest.fail("no buffer is needed")))
     assert parts[0][7] == 99
 
 
@@ -81,7 +83,7 @@ def test_the_index_takes_less_than_200_bytes_a_chunk() -> None:
 def test_a_closed_backend_holds_no_memory() -> None:
     backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
     buffer = bytearray(1000)
-    backend.put([(key(1), [memoryview(buffer)])], [key(1)], 1.0)
+    backend.put([(key(1), [memoryview(buffer)])], [key(1)], Transfer(1.0))
     with pytest.raises(BufferError):
         buffer.extend(b"x")  # somebody still looks at it
     backend.close()

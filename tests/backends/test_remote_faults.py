@@ -16,7 +16,7 @@ import pytest
 import lmcache_core
 from lmcache_core import Chunk, ChunkKey, Namespace, Tensors
 from lmcache_core.engine.engine import CacheEngine
-from lmcache_core.io.patience import SLOWEST
+from lmcache_core.io.transfer import SLOWEST
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.core.conftest import gather, is_right, layout, namespace  # noqa: F401

@@ -41,8 +41,12 @@ from lmcache_core import (
     StorageBackend,
     StorageError,
 )
+from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
+from tests.backends.frames import Into, scan
 
+EVICTED: list[bytes] = []
+"""Keys that `put` made leave, since somebody looked."""
 GIB = 1 << 30
 MIB = 1 << 20
 PAGE = 4096
@@ -142,11 +146,14 @@ def value(number: int, nbytes: int) -> bytes:
 
 def put(backend: ShmBackend, number: int, nbytes: int = 5000) -> int:
     parts = [memoryview(value(number, nbytes))]
-    return backend.put([(key(number), parts)], [key(number)], 5.0)
+    transfer = Transfer(5.0)
+    stored = backend.put([(key(number), parts)], [key(number)], transfer)
+    EVICTED.extend(transfer.evicted)
+    return stored
 
 
 def get(backend: ShmBackend, number: int) -> memoryview | None:
-    for _, (view,) in backend.get([key(number)], lambda n: pytest.fail("no buffer"), 5.0):
+    for _, (view,) in backend.get([key(number)], Into(5.0, lambda n: pytest.fail("no buffer"))):
         return view
     return None
 
@@ -155,7 +162,7 @@ def check(backend: ShmBackend) -> None:
     """All that is derived must follow from the slots."""
     pool = backend._pool
     segment, words = pool._segment, pool._words
-    with pool._changing(5.0):
+    with pool._changing(Transfer(5.0)):
         pool._reap()
     live = np.flatnonzero(segment.state != FREE)
     taken = np.zeros_like(segment.taken, dtype=np.int64)
@@ -315,16 +322,16 @@ def test_what_a_reader_holds_is_not_overwritten(pool: str) -> None:
     assert get(two, 1) is not None  # seen twice, and no longer once
     for number in range(2, 30):
         put(one, number, MIB // 4)
-    assert one.contains([key(1)], 1.0) == [True]
-    one.delete([key(1)], 1.0)
+    assert one.contains([key(1)], Transfer(1.0)) == [True]
+    one.delete([key(1)], Transfer(1.0))
     for number in range(30, 60):
         put(one, number, MIB // 4)
     assert part.tobytes() == value(1, MIB // 4)[1000:2000]
-    assert len(list(one.scan())) == 3
+    assert len(scan(one)) == 3
     del part
     for number in range(60, 70):
         put(one, number, MIB // 4)
-    assert len(list(one.scan())) == 4
+    assert len(scan(one)) == 4
     check(one)
     one.close()
     two.close()
@@ -350,7 +357,7 @@ def test_what_is_held_everywhere_leaves_no_room(pool: str) -> None:
     assert [put(backend, number, MIB // 4) for number in range(4)] == [1] * 4
     held = [get(backend, number) for number in range(4)]
     assert put(backend, 9, MIB // 4) == 0
-    assert backend.contains([key(n) for n in range(4)], 1.0) == [True] * 4
+    assert backend.contains([key(n) for n in range(4)], Transfer(1.0)) == [True] * 4
     held.pop()
     assert put(backend, 9, MIB // 4) == 1
     backend.close()
@@ -379,13 +386,13 @@ def test_views_may_die_on_any_thread_and_in_cycles(backend: ShmBackend) -> None:
 
 
 def test_a_payload_in_room_of_the_pool_is_published_where_it_lies(backend: ShmBackend) -> None:
-    room = backend.room(10_000, [key(1)], 1.0)
+    room = backend.reserve(10_000, [key(1)], Transfer(1.0))
     room[:] = value(1, 10_000)
     head = bytes(range(64)) * 3
     before = bytes(room)
     where = np.frombuffer(room, np.uint8).ctypes.data
-    assert backend.contains([key(1)], 1.0) == [False]
-    assert backend.put([(key(1), [memoryview(head), room])], [key(1)], 1.0) == 1
+    assert backend.contains([key(1)], Transfer(1.0)) == [False]
+    assert backend.put([(key(1), [memoryview(head), room])], [key(1)], Transfer(1.0)) == 1
     view = get(backend, 1)
     assert view == head + before
     assert np.frombuffer(view, np.uint8).ctypes.data == where - len(head)
@@ -396,9 +403,9 @@ def test_a_payload_in_room_of_the_pool_is_published_where_it_lies(backend: ShmBa
 def test_room_that_is_given_up_is_taken_back(pool: str) -> None:
     backend = opener(pool, MIB)()
     for _ in range(20):
-        assert backend.room(MIB - PAGE, [], 1.0) is not None
-    held = backend.room(MIB - PAGE, [], 1.0)
-    assert backend.room(1, [], 1.0) is None
+        assert backend.reserve(MIB - PAGE, [], Transfer(1.0)) is not None
+    held = backend.reserve(MIB - PAGE, [], Transfer(1.0))
+    assert backend.reserve(1, [], Transfer(1.0)) is None
     del held
     assert put(backend, 1, MIB) == 1
     backend.close()
@@ -407,30 +414,30 @@ def test_room_that_is_given_up_is_taken_back(pool: str) -> None:
 def test_a_head_larger_than_the_space_before_it_is_copied_with_its_payload(
     backend: ShmBackend,
 ) -> None:
-    room = backend.room(5000, [key(1)], 1.0)
+    room = backend.reserve(5000, [key(1)], Transfer(1.0))
     room[:] = value(1, 5000)
     head = bytes(PAGE + 64)
-    backend.put([(key(1), [memoryview(head), room])], [key(1)], 1.0)
+    backend.put([(key(1), [memoryview(head), room])], [key(1)], Transfer(1.0))
     assert get(backend, 1) == head + value(1, 5000)
     del room
 
 
 def test_a_part_of_a_room_is_stored_as_that_part(backend: ShmBackend) -> None:
-    room = backend.room(10_000, [key(1)], 1.0)
+    room = backend.reserve(10_000, [key(1)], Transfer(1.0))
     room[:] = value(1, 10_000)
-    backend.put([(key(1), [memoryview(b"head"), room[:5000]])], [key(1)], 1.0)
+    backend.put([(key(1), [memoryview(b"head"), room[:5000]])], [key(1)], Transfer(1.0))
     assert get(backend, 1) == b"head" + value(1, 5000)
     del room
 
 
 def test_two_who_store_the_same_keep_one(pool: str) -> None:
     one, two = opener(pool)(), opener(pool)()
-    rooms = [one.room(5000, [key(1)], 1.0), two.room(5000, [key(1)], 1.0)]
+    rooms = [one.reserve(5000, [key(1)], 1.0), two.reserve(5000, [key(1)], Transfer(1.0))]
     for backend, room, byte in zip((one, two), rooms, b"12", strict=True):
         room[:] = bytes([byte]) * 5000
-        assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], 1.0) == 1
+        assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], Transfer(1.0)) == 1
     assert get(one, 1) == b"head" + b"1" * 5000
-    assert len(list(two.scan())) == 1
+    assert len(scan(two)) == 1
     del rooms, room
     check(one)
     assert len(RawPool(pool).slots(WHOLE)) == 1
@@ -445,7 +452,7 @@ def test_frames_of_all_sizes_fill_most_of_the_pool(pool: str) -> None:
     chance = random.Random(5)
     for number in range(1500):
         assert put(backend, number, int(8192 * 64 ** chance.random())) == 1
-    stored = sum(stored.nbytes for stored in backend.scan())
+    stored = sum(stored.nbytes for stored in scan(backend))
     assert stored > 0.75 * 16 * MIB
     check(backend)
     backend.close()
@@ -455,9 +462,9 @@ def test_one_large_frame_displaces_the_neighbours_that_are_least_in_use(pool: st
     backend = opener(pool, MIB)()
     for number in range(64):
         put(backend, number, MIB // 64)
-    backend.touch([key(n) for n in chance_order(64)], 1.0)
+    backend.touch([key(n) for n in chance_order(64)], Transfer(1.0))
     assert put(backend, 99, MIB // 2) == 1
-    assert len(list(backend.scan())) >= 64 - 32 - 64 + 1
+    assert len(scan(backend)) >= 64 - 32 - 64 + 1
     assert get(backend, 99) == value(99, MIB // 2)
     check(backend)
     backend.close()
@@ -467,26 +474,28 @@ def chance_order(count: int) -> list[int]:
     return random.Random(1).sample(range(count), count)
 
 
-def evicting(pool: str, before: int) -> tuple[ShmBackend, list[ChunkKey]]:
+def evicting(pool: str, before: int) -> tuple[ShmBackend, list[bytes]]:
     """A pool that has room for four chunks and has some, and what it evicts from now on."""
     backend = opener(pool, MIB)()
     for number in range(before):
         put(backend, number, MIB // 4)
-    evicted: list[ChunkKey] = []
-    backend.on_evict = evicted.extend
-    return backend, evicted
+    EVICTED.clear()
+    return backend, EVICTED
 
 
 def put_behind(backend: ShmBackend, *chain: int) -> None:
     """Store the last of a sequence."""
     parts = [memoryview(value(chain[-1], MIB // 4))]
-    assert backend.put([(key(chain[-1]), parts)], [key(number) for number in chain], 5.0) == 1
+    keys, transfer = [key(number) for number in chain], Transfer(5.0)
+    assert backend.put([(keys[-1], parts)], keys, transfer) == 1
+    backend.touch(keys, transfer)
+    EVICTED.extend(transfer.evicted)
 
 
 def test_eviction_passes_over_what_was_used_is_in_the_sequence_or_is_looked_at(pool: str) -> None:
     backend, evicted = evicting(pool, 4)
     put_behind(backend, 10)
-    backend.touch([key(1)], 1.0)
+    backend.touch([key(1)], Transfer(1.0))
     put_behind(backend, 11)
     put_behind(backend, 3, 12)  # 3 is the oldest now
     view = get(backend, 1)  # as is 1
@@ -498,17 +507,18 @@ def test_eviction_passes_over_what_was_used_is_in_the_sequence_or_is_looked_at(p
 
 
 def test_a_large_chunk_displaces_none_of_its_own_sequence(pool: str) -> None:
-    backend, evicted = evicting(pool, 4)
+    backend, _ = evicting(pool, 4)
     parts = [memoryview(value(20, MIB // 2))]
-    assert backend.put([(key(20), parts)], [key(0), key(20)], 5.0) == 1
-    assert evicted == [key(1), key(2)]
+    transfer = Transfer(5.0)
+    assert backend.put([(key(20), parts)], [key(0), key(20)], transfer) == 1
+    assert transfer.evicted == [key(1), key(2)]
     backend.close()
 
 
 def test_what_was_deleted_is_not_evicted_again(pool: str) -> None:
     backend, evicted = evicting(pool, 4)
     put(backend, 10, MIB // 4)
-    backend.delete([key(1), key(2)], 1.0)
+    backend.delete([key(1), key(2)], Transfer(1.0))
     put(backend, 20, MIB // 2)  # in the slot of one, on the pages of both
     put(backend, 21, MIB // 4)
     assert evicted == [key(0), key(3)]
@@ -540,11 +550,10 @@ def test_a_sequence_that_grows_later_counts_as_used_from_its_root(pool: str) -> 
 def test_slots_run_out_before_bytes_do(pool: str) -> None:
     backend = opener(pool, 8 * MIB)()
     slots = RawPool(pool).word(4)
-    evicted: list[ChunkKey] = []
-    backend.on_evict = evicted.extend
+    EVICTED.clear()
     for number in range(slots + 50):
         assert put(backend, number, 10) == 1
-    assert evicted == [key(number) for number in range(51)]
+    assert [key(number) for number in range(51)] == EVICTED
     check(backend)
     backend.close()
 
@@ -555,8 +564,8 @@ def test_a_chunk_for_which_the_index_has_no_cell_is_not_there_and_takes_no_room(
     """No two of 16 hashes meet in both buckets by chance; these do on purpose."""
     keys = [ChunkKey(bytes(16) + bytes([1, 0, 0, 0, 0, 0, 0, n] * 2)) for n in range(17)]
     for each in keys:
-        backend.put([(each, [memoryview(b"frame")])], [each], 1.0)
-    assert backend.contains(keys, 1.0) == [True] * 8 + [False] * 9
+        backend.put([(each, [memoryview(b"frame")])], [each], Transfer(1.0))
+    assert backend.contains(keys, Transfer(1.0)) == [True] * 8 + [False] * 9
     check(backend)
     assert len(backend._pool._segment.state.nonzero()[0]) == 8
 
@@ -576,18 +585,18 @@ def test_a_deleted_pool_gives_misses_and_ping_makes_a_new_one(backend: ShmBacken
     view = get(backend, 1)
     os.unlink(backend._pool._segment.path)
     for call in (
-        lambda: backend.contains([key(1)], 1.0),
+        lambda: backend.contains([key(1)], Transfer(1.0)),
         lambda: get(backend, 1),
         lambda: put(backend, 2),
-        lambda: backend.touch([key(1)], 1.0),
-        lambda: backend.delete([key(1)], 1.0),
+        lambda: backend.touch([key(1)], Transfer(1.0)),
+        lambda: backend.delete([key(1)], Transfer(1.0)),
     ):
         with pytest.raises(StorageError, match="was deleted"):
             call()
     assert view == value(1, 5000)
     del view
-    backend.ping(1.0)
-    assert backend.contains([key(1)], 1.0) == [False]
+    backend.ping(Transfer(1.0))
+    assert backend.contains([key(1)], Transfer(1.0)) == [False]
     assert put(backend, 1) == 1
 
 
@@ -597,9 +606,9 @@ def test_a_pool_that_was_cut_gives_misses(pool: str) -> None:
     view = get(backend, 1)
     os.truncate(RawPool(pool).path, 100)
     with pytest.raises(StorageError, match="was cut to 100 bytes"):
-        backend.contains([key(1)], 1.0)
+        backend.contains([key(1)], Transfer(1.0))
     with pytest.raises(ConfigError, match=r"not a pool|was cut"):
-        backend.ping(1.0)
+        backend.ping(Transfer(1.0))
     del view  # which must not touch the pages
     backend.close()
 
@@ -700,9 +709,9 @@ def test_a_stopped_holder_of_the_lock_costs_a_deadline_and_stops_no_lookup(
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     holder.stdout.readline()
     holder.send_signal(signal.SIGSTOP)
-    assert backend.contains([key(1), key(2)], 1.0) == [True, False]
+    assert backend.contains([key(1), key(2)], Transfer(1.0)) == [True, False]
     with pytest.raises(DeadlineExceeded):
-        list(backend.get([key(1)], lambda n: pytest.fail("no buffer"), 0.05))
+        list(backend.get([key(1)], Into(0.05, lambda n: pytest.fail("no buffer"))))
     holder.kill()
     holder.wait()
     holder.stdout.close()
@@ -712,21 +721,20 @@ def test_a_stopped_holder_of_the_lock_costs_a_deadline_and_stops_no_lookup(
 def test_whatever_is_derived_may_be_lost(backend: ShmBackend) -> None:
     for number in range(20):
         put(backend, number)
-    backend.delete([key(number) for number in range(0, 20, 3)], 1.0)
+    backend.delete([key(number) for number in range(0, 20, 3)], Transfer(1.0))
     left = [key(number) for number in range(20) if number % 3]
-    room = backend.room(5000, [], 1.0)
-    evicted: list[ChunkKey] = []
-    backend.on_evict = evicted.extend
+    room = backend.reserve(5000, [], Transfer(1.0))
+    EVICTED.clear()
     segment, words, word = backend._pool._segment, backend._pool._words, _segment.Word
     segment.index[:] = 7
     segment.taken[:] = 1
     words[[word.FREE, word.LONGEST]] = 0
     words[[word.CURSOR, word.LOW]] = words[[word.PAGES, word.SLOTS]]
     words[[word.HIGH, word.DIRTY]] = 1
-    assert sorted(stored.key for stored in backend.scan()) == sorted(left)
-    assert backend.contains(left, 1.0) == [True] * len(left)
+    assert sorted(stored.key for stored in scan(backend)) == sorted(left)
+    assert backend.contains(left, Transfer(1.0)) == [True] * len(left)
     assert put(backend, 50) == 1
-    assert not evicted
+    assert not EVICTED
     check(backend)
     del room
 
@@ -735,7 +743,7 @@ def test_what_a_dead_process_was_removing_is_not_found(backend: ShmBackend) -> N
     put(backend, 1)
     backend._pool._words[_segment.Word.DIRTY] = 1
     backend._pool._segment.state[backend._pool._slot(key(1))] = GONE
-    assert backend.contains([key(1)], 1.0) == [False]
+    assert backend.contains([key(1)], Transfer(1.0)) == [False]
     assert get(backend, 1) is None
 
 
@@ -749,7 +757,7 @@ def held_by_another(pool: str) -> Iterator[None]:
 
 def test_nothing_is_changed_or_leased_without_the_lock(backend: ShmBackend, pool: str) -> None:
     put(backend, 1)
-    room = backend.room(5000, [key(2)], 1.0)
+    room = backend.reserve(5000, [key(2)], Transfer(1.0))
     parts = [memoryview(b"head"), room]
 
     def shared() -> list[bytes]:
@@ -759,11 +767,11 @@ def test_nothing_is_changed_or_leased_without_the_lock(backend: ShmBackend, pool
     before = shared()
     with held_by_another(pool):
         for call in (
-            lambda: backend.put([(key(2), parts)], [key(2)], 0.01),
-            lambda: backend.put([(key(3), [memoryview(b"copied")])], [key(3)], 0.01),
-            lambda: backend.room(5000, [key(4)], 0.01),
-            lambda: list(backend.get([key(1)], lambda n: pytest.fail("no buffer"), 0.01)),
-            lambda: backend.delete([key(1)], 0.01),
+            lambda: backend.put([(key(2), parts)], [key(2)], Transfer(0.01)),
+            lambda: backend.put([(key(3), [memoryview(b"copied")])], [key(3)], Transfer(0.01)),
+            lambda: backend.reserve(5000, [key(4)], Transfer(0.01)),
+            lambda: list(backend.get([key(1)], Into(0.01, lambda n: pytest.fail("no buffer")))),
+            lambda: backend.delete([key(1)], Transfer(0.01)),
         ):
             with pytest.raises(DeadlineExceeded):
                 call()
@@ -782,7 +790,7 @@ def test_a_change_that_was_interrupted_is_mended(
         patch.setattr(backend._pool, "_enter", interrupted)
         with pytest.raises(KeyboardInterrupt):
             put(backend, 1)
-    assert backend.contains([key(1)], 1.0) == [True]
+    assert backend.contains([key(1)], Transfer(1.0)) == [True]
     assert get(backend, 1) == value(1, 5000)
 
 
@@ -808,7 +816,7 @@ def test_a_forked_child_has_no_part_in_its_parents_leases_and_locks(pool: str) -
     if child == 0:
         code = 0
         try:
-            backend.contains([key(1)], 1.0)
+            backend.contains([key(1)], Transfer(1.0))
             code = 1
         except StorageError:
             view = None
@@ -890,8 +898,9 @@ def test_a_user_that_exits_does_not_take_the_pool_along(backend: ShmBackend, poo
     put(backend, 1)
     program = (
         "import sys; from lmcache_backends.shm import *\n"
+        "from lmcache_core.backend import Transfer\n"
         "b = ShmBackend(ShmOptions(capacity=256 << 20, pool=sys.argv[1]))\n"
-        "held = [parts for _, parts in b.get(list(s.key for s in b.scan()), None, 1.0)]\n"
+        "held = [parts for _, parts in b.get(list(s.key for s in b.scan(Transfer(1.0))), Transfer(1.0))]\n"
         "assert len(held) == 1"
     )
     subprocess.run([sys.executable, "-c", program, pool], check=True)
@@ -950,14 +959,14 @@ def dying(pool: str, act: str, line: int) -> None:
         case "put":
             put(backend, 50, MIB // 3)
         case "room":
-            room = backend.room(MIB // 3, [key(50)], 1.0)
+            room = backend.reserve(MIB // 3, [key(50)], Transfer(1.0))
             room[:] = value(50, MIB // 3)
-            backend.put([(key(50), [memoryview(b"head"), room])], [key(50)], 1.0)
+            backend.put([(key(50), [memoryview(b"head"), room])], [key(50)], Transfer(1.0))
         case "get":
             held = [get(backend, number) for number in range(4)]
             held.pop()
         case "delete":
-            backend.delete([key(1), key(2)], 1.0)
+            backend.delete([key(1), key(2)], Transfer(1.0))
     backend.close()
     sys.settrace(None)
 
@@ -966,8 +975,8 @@ def die_holding(pool: str) -> None:
     """Die as two members, amid a change, with a chunk and a room in the hands of each."""
     members = [opener(pool, MIB)() for _ in range(2)]
     held = [get(member, 0) for member in members]
-    held += [member.room(MIB // 8, [key(50)], 1.0) for member in members]
-    with members[0]._pool._changing(1.0):
+    held += [member.reserve(MIB // 8, [key(50)], Transfer(1.0)) for member in members]
+    with members[0]._pool._changing(Transfer(1.0)):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -1013,7 +1022,7 @@ def test_whatever_line_a_process_is_killed_at_the_others_go_on(pool: str, act: s
         assert put(survivor, 60, MIB) == 1  # all that the dead held can be had
         assert time.monotonic() - began < 1.0
         check(survivor)
-        survivor.delete([key(60)], 1.0)
+        survivor.delete([key(60)], Transfer(1.0))
         if status == 0:
             break
     assert line > 30
@@ -1024,14 +1033,14 @@ def test_what_the_living_hold_outlives_the_dead(pool: str) -> None:
     backend = opener(pool, MIB)()
     put(backend, 0, MIB // 4)
     view = get(backend, 0)
-    room = backend.room(MIB // 4, [key(1)], 1.0)
+    room = backend.reserve(MIB // 4, [key(1)], Transfer(1.0))
     room[:] = value(1, MIB // 4)
     assert run_forked(lambda: die_holding(pool)) == signal.SIGKILL
     other = opener(pool, MIB)()
     assert put(other, 2, MIB // 2 - 8 * PAGE) == 1  # with all that the dead held
     assert view == value(0, MIB // 4)
     where = np.frombuffer(room, np.uint8).ctypes.data
-    assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], 1.0) == 1
+    assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], Transfer(1.0)) == 1
     stored = get(backend, 1)
     assert stored == b"head" + value(1, MIB // 4)
     assert np.frombuffer(stored, np.uint8).ctypes.data == where - 4  # and was not copied
@@ -1067,21 +1076,21 @@ def endure(pool: str, seed: int, progress: np.ndarray) -> None:
                 )  # fmt: skip
             case 1:
                 number = batch[0]
-                room = backend.room(len(frames[number]) - 64, wanted[:1], 5.0)
+                room = backend.reserve(len(frames[number]) - 64, wanted[:1], Transfer(5.0))
                 if room is not None:
                     room[:] = frames[number][64:]
                     parts = [memoryview(frames[number])[:64], room]
-                    backend.put([(keys[number], parts)], wanted[:1], 5.0)
+                    backend.put([(keys[number], parts)], wanted[:1], Transfer(5.0))
                     del parts
                 del room
             case 2 if chance.random() < 0.2:
-                backend.delete(wanted[:1], 5.0)
+                backend.delete(wanted[:1], Transfer(5.0))
             case 2:
-                backend.touch(wanted, 5.0)
+                backend.touch(wanted, Transfer(5.0))
             case 3 | 4:
-                backend.contains(wanted, 5.0)
+                backend.contains(wanted, Transfer(5.0))
             case _:
-                for i, (view,) in backend.get(wanted, None, 5.0):
+                for i, (view,) in backend.get(wanted, Transfer(5.0)):
                     held.append((batch[i], view))
                     del view
         progress[0] += len(wanted)

@@ -25,31 +25,29 @@ from urllib.parse import urlsplit
 
 from pydantic import field_validator
 
-from lmcache_backends._net.connection import Buffer, Lane, Refused, Wire
+from lmcache_backends._net.batch import LARGE, Assembly
+from lmcache_backends._net.connection import Buffer, Connection
 from lmcache_backends._net.options import Address, Expiry, Login, Prefix, SecretUrl, Tls
 from lmcache_backends.memcached.servers import (
-    MANY,
-    OPEN_SECONDS,
     Dial,
     Servers,
     one_line,
+    shares,
     value_follows,
 )
 from lmcache_core.backend import (
-    Allocate,
     Buffers,
     ChunkKey,
-    ConfigError,
     StorageBackend,
     StorageError,
     Stored,
+    Transfer,
+    nbytes_of,
 )
 
 _AHEAD_BYTES = 512 << 10
-_FEW = 2
 _MONTH = 30 * 24 * 3600
 """Seconds from which on memcached takes an expiry for a date."""
-_SCAN_SECONDS = 10.0
 _END = b"\r\n"
 _HEAD = re.compile(rb"([0-9a-f]{16}) ([0-9]{1,6}) ([0-9]{1,12})")
 _HEAD_FLAG = b"f1"
@@ -117,112 +115,100 @@ class MemcachedBackend(StorageBackend):
         login = url.login.with_password_of(options.password_env)
         tls = None if options.tls is None else options.tls.context()
         self._servers = Servers(url.hosts, Dial(login, tls))
-        self._servers.pool.on_progress = lambda: self.on_progress()  # the tier's, once it is set
-        try:
-            self.ping(OPEN_SECONDS)
-        except Refused as error:
-            raise ConfigError(f"url: {error}") from None
-        except (StorageError, OSError):
-            pass  # down or slow: the tier finds out, and comes back by itself
 
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+    def __repr__(self) -> str:
+        return f"<MemcachedBackend: {self._servers!r}>"
+
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         found = [False] * len(keys)
-        for i, line in self._lines(b"mg %b", keys, timeout):
+        for i, line in self._lines(b"mg %b", keys, transfer):
             found[i] = line.startswith(b"HD")
         return found
 
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         names = self._names(keys)
         heads: dict[int, Head | None] = {}
 
-        def value(lane: Lane[Wire], i: int, line: bytes) -> Buffers | None:
+        def value(connection: Connection, i: int, line: bytes) -> Buffers | None:
             if line.startswith(b"EN"):
                 return None
-            nbytes, flags = value_follows(lane.wire, line)
-            lane.ahead = max(_FEW, _AHEAD_BYTES // max(nbytes, 1))
-            buffer = allocate(nbytes)
-            lane.wire.read_into(buffer)
-            lane.wire.expect(_END)
+            nbytes, flags = value_follows(connection, line)
+            buffer = transfer.allocate(nbytes)
+            connection.read_into(buffer)
+            connection.expect(_END)
             if _HEAD_FLAG not in flags:
                 return [buffer]
             heads[i] = _parse_head(bytes(buffer))
             return None
 
         request = [b"mg %b v f\r\n" % name for name in names]
-        places = self._places(keys)
-        for i, parts in self._servers.batch(places, lambda i: [request[i]], value, _FEW, timeout):
+        places = self._servers.of(keys)
+        for i, parts in self._servers.batch(
+            shares(places), lambda i: [request[i]], value, transfer, _AHEAD_BYTES
+        ):
             if parts is not None:
                 yield i, parts
             del parts
         whole = {i: head for i, head in heads.items() if head is not None}
         torn = set(heads) - set(whole)
-        yield from self._joined(names, places, whole, allocate, timeout, torn)
+        yield from self._joined(names, places, whole, transfer, torn)
         if torn:
-            self.delete([keys[i] for i in torn], timeout)
+            self.delete([keys[i] for i in torn], transfer)
 
     def _joined(
         self,
         names: Sequence[bytes],
         places: Sequence[Address],
         heads: dict[int, Head],
-        allocate: Allocate,
-        timeout: float,
+        transfer: Transfer,
         torn: set[int],
     ) -> Iterator[tuple[int, Buffers]]:
         """Frames from their pieces; those that lack one are noted as `torn`."""
-        pieces = _pieces(heads)
-        buffers: dict[int, memoryview] = {}
+        numbers = _pieces(heads)
+        spans = [(i, *heads[i].span(number)) for i, number in numbers]
+        values = Assembly({i: head.nbytes for i, head in heads.items()}, spans, transfer)
 
-        def piece(lane: Lane[Wire], n: int, line: bytes) -> bool:
-            i, number = pieces[n]
-            begin, end = heads[i].span(number)
-            lane.goes_on = number + 1 < heads[i].pieces
+        def piece(connection: Connection, n: int, line: bytes) -> None:
             if line.startswith(b"EN"):
-                return False
-            nbytes, _ = value_follows(lane.wire, line)
+                return values.miss(n)
+            nbytes, _ = value_follows(connection, line)
+            _, begin, end = spans[n]
             if nbytes != end - begin:
-                raise StorageError(f"{lane.wire.address}: a piece of another size")
-            if i not in buffers:
-                buffers[i] = allocate(heads[i].nbytes)
-            lane.wire.read_into(buffers[i][begin:end])
-            lane.wire.expect(_END)
-            return True
+                raise StorageError(f"{connection.address}: a piece of another size")
+            connection.read_into(values.target(n))
+            connection.expect(_END)
 
         def request(n: int) -> list[Buffer]:
-            i, number = pieces[n]
+            i, number = numbers[n]
             return [b"mg %b v\r\n" % heads[i].name(names[i], number)]
 
-        left = {i: head.pieces for i, head in heads.items()}
-        servers = [places[i] for i, _ in pieces]
-        for n, came in self._servers.batch(servers, request, piece, _FEW, timeout):
-            i = pieces[n][0]
-            left[i] -= 1
-            if not came:
-                torn.add(i)
-            if not left[i] and i not in torn:
-                yield i, [buffers.pop(i)]
+        servers = shares([places[i] for i, _ in numbers])
+        for n, _ in self._servers.batch(servers, request, piece, transfer, LARGE):
+            whole = values.take(n)
+            if whole is not None:
+                yield whole[0], [whole[1]]
+            del whole
+        torn |= values.torn
 
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
         keys = [key for key, _ in frames]
-        names, places = self._names(keys), self._places(keys)
-        sizes = [sum(part.nbytes for part in parts) for _, parts in frames]
-        limits = {place: self._servers.limit(place, timeout) for place in set(places)}
+        names, places = self._names(keys), self._servers.of(keys)
+        sizes = [nbytes_of(parts) for _, parts in frames]
+        limits = {place: self._servers.limit(place, transfer) for place in set(places)}
         heads = {
             i: Head.fresh(size, limits[place])
             for i, (size, place) in enumerate(zip(sizes, places, strict=True))
             if size > limits[place] > 0
         }
-        there = self.contains([keys[i] for i in heads], timeout)  # before their pieces are sent
+        there = self.contains([keys[i] for i in heads], transfer)  # before their pieces are sent
         stored = {i for i, known in zip(heads, there, strict=True) if known}
         heads = {i: head for i, head in heads.items() if i not in stored}
-        refused = self._put_pieces(frames, names, places, heads, timeout)
+        refused = self._put_pieces(frames, names, places, heads, transfer)
 
         def value(i: int) -> list[Buffer]:
             if i in heads:
@@ -232,15 +218,14 @@ class MemcachedBackend(StorageBackend):
 
         todo = [i for i in range(len(frames)) if i not in refused | stored]
         unused: list[int] = []
-        servers = [places[i] for i in todo]
-        answers = self._servers.batch(servers, lambda n: value(todo[n]), one_line, _FEW, timeout)
+        servers = shares([places[i] for i in todo])
+        answers = self._servers.batch(servers, lambda n: value(todo[n]), one_line, transfer, LARGE)
         for n, line in answers:
             if line.startswith((b"HD", b"NS")):
                 stored.add(todo[n])
             if line.startswith(b"NS") and todo[n] in heads:
                 unused.append(todo[n])
-        self._each_piece(b"md %b", names, places, {i: heads[i] for i in unused}, timeout)
-        self.touch(chain, timeout)
+        self._each_piece(b"md %b", names, places, {i: heads[i] for i in unused}, transfer)
         return next((i for i in range(len(frames)) if i not in stored), len(frames))
 
     def _put_pieces(
@@ -249,7 +234,7 @@ class MemcachedBackend(StorageBackend):
         names: Sequence[bytes],
         places: Sequence[Address],
         heads: dict[int, Head],
-        timeout: float,
+        transfer: Transfer,
     ) -> set[int]:
         """Write the pieces of frames that are too large; which of these were not taken."""
         pieces = _pieces(heads)
@@ -261,17 +246,17 @@ class MemcachedBackend(StorageBackend):
             return [self._set(name, end - begin, b""), *_cut(frames[i][1], begin, end), _END]
 
         left = {i: head.pieces for i, head in heads.items()}
-        servers = [places[i] for i, _ in pieces]
-        for n, line in self._servers.batch(servers, request, one_line, _FEW, timeout):
+        servers = shares([places[i] for i, _ in pieces])
+        for n, line in self._servers.batch(servers, request, one_line, transfer, LARGE):
             left[pieces[n][0]] -= line.startswith(b"HD")
         return {i for i, count in left.items() if count}
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        names, places = self._names(keys), self._places(keys)
-        heads = self._heads(names, places, b"", timeout)
-        for _ in self._lines(b"md %b", keys, timeout):
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        names, places = self._names(keys), self._servers.of(keys)
+        heads = self._heads(names, places, b"", transfer)
+        for _ in self._lines(b"md %b", keys, transfer):
             pass
-        self._each_piece(b"md %b", names, places, heads, timeout)
+        self._each_piece(b"md %b", names, places, heads, transfer)
 
     def _each_piece(
         self,
@@ -279,13 +264,13 @@ class MemcachedBackend(StorageBackend):
         names: Sequence[bytes],
         places: Sequence[Address],
         heads: dict[int, Head],
-        timeout: float,
+        transfer: Transfer,
     ) -> None:
         """A command for every piece of some frames."""
         pieces = _pieces(heads)
         lines = [command % heads[i].name(names[i], number) + _END for i, number in pieces]
         servers = [places[i] for i, _ in pieces]
-        for _ in self._servers.ask(servers, lines, timeout):
+        for _ in self._servers.ask(servers, lines, transfer):
             pass
 
     def _heads(
@@ -293,13 +278,13 @@ class MemcachedBackend(StorageBackend):
         names: Sequence[bytes],
         places: Sequence[Address],
         flags: bytes,
-        timeout: float,
+        transfer: Transfer,
         sizes: dict[int, int] | None = None,
     ) -> dict[int, Head]:
         """Those of `names` that are heads; `flags` are given to memcached with the question."""
         ask = [b"mg %b s f %b\r\n" % (name, flags) for name in names]
         marked: list[int] = []
-        for i, line in self._servers.ask(places, ask, timeout):
+        for i, line in self._servers.ask(places, ask, transfer):
             if line.startswith(b"HD"):
                 words = line.split()
                 if sizes is not None:
@@ -308,72 +293,67 @@ class MemcachedBackend(StorageBackend):
                     marked.append(i)
         heads: dict[int, Head] = {}
 
-        def text(lane: Lane[Wire], n: int, line: bytes) -> None:
+        def text(connection: Connection, n: int, line: bytes) -> None:
             if line.startswith(b"EN"):
                 return
-            nbytes, flags = value_follows(lane.wire, line)
+            nbytes, flags = value_follows(connection, line)
             if nbytes > 100 or _HEAD_FLAG not in flags:
-                raise StorageError(f"{lane.wire.address}: a head that is none")
+                raise StorageError(f"{connection.address}: a head that is none")
             buffer = memoryview(bytearray(nbytes))
-            lane.wire.read_into(buffer)
-            lane.wire.expect(_END)
+            connection.read_into(buffer)
+            connection.expect(_END)
             head = _parse_head(bytes(buffer))
             if head is not None:
                 heads[marked[n]] = head
 
-        servers = [places[i] for i in marked]
+        servers = shares([places[i] for i in marked])
         read = [b"mg %b v f\r\n" % names[i] for i in marked]
-        for _ in self._servers.batch(servers, lambda n: [read[n]], text, MANY, timeout):
+        for _ in self._servers.batch(servers, lambda n: [read[n]], text, transfer):
             pass
         return heads
 
-    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+    def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         keys = list(reversed(keys))  # the root last, so that it was used last
         flags = self._expiry() if self._refresh else b""
-        names, places = self._names(keys), self._places(keys)
-        heads = self._heads(names, places, flags, timeout)
-        self._each_piece(b"mg %b " + flags, names, places, heads, timeout)
+        names, places = self._names(keys), self._servers.of(keys)
+        heads = self._heads(names, places, flags, transfer)
+        self._each_piece(b"mg %b " + flags, names, places, heads, transfer)
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
         for address in self._servers.all:
-            names = self._dump(address)
+            names = self._dump(address, transfer)
             places = [address] * len(names)
             sizes: dict[int, int] = {}
-            heads = self._heads(names, places, b"", _SCAN_SECONDS, sizes)
+            heads = self._heads(names, places, b"", transfer, sizes)
             for i, nbytes in sizes.items():
                 key = ChunkKey.parse(names[i][len(self._prefix) :].decode())
                 yield Stored(key, heads[i].nbytes if i in heads else nbytes)
 
-    def _dump(self, address: Address) -> list[bytes]:
+    def _dump(self, address: Address, transfer: Transfer) -> list[bytes]:
         """The names of our chunks on one server, by its hash table: a walk along its lists misses
         what moves from one to another meanwhile."""
         pattern = re.compile(b"key=(" + re.escape(self._prefix) + b"[0-9a-f]{64}) ")
         names: list[bytes] = []
-        with self._servers.pool.taken(address, _SCAN_SECONDS) as wire:
-            wire.begin(_SCAN_SECONDS)
-            wire.send([b"lru_crawler metadump hash\r\n"])
-            while not (line := wire.line(b"\n")).startswith(b"END"):
+        with self._servers.pool.taken(address, transfer) as connection:
+            connection.send([b"lru_crawler metadump hash\r\n"])
+            while not (line := connection.line(b"\n")).startswith(b"END"):
                 if not line.startswith(b"key="):
                     raise StorageError(
                         f"{address}: no list of keys: {line.decode(errors='replace')}"
                     )
-                wire.begin(_SCAN_SECONDS)
                 found = pattern.match(line.replace(b"%3A", b":"))
                 if found:
                     names.append(found[1])
         return names
 
-    def ping(self, timeout: float) -> None:
-        self._servers.ping(timeout)
+    def ping(self, transfer: Transfer) -> None:
+        self._servers.ping(transfer)
 
     def close(self) -> None:
         self._servers.close()
 
     def _names(self, keys: Sequence[ChunkKey]) -> list[bytes]:
         return [self._prefix + str(key).encode() for key in keys]
-
-    def _places(self, keys: Sequence[ChunkKey]) -> list[Address]:
-        return [self._servers.of(key) for key in keys]
 
     def _expiry(self) -> bytes:
         """The flag that says when an item ends: in whole seconds, or at a date."""
@@ -386,11 +366,11 @@ class MemcachedBackend(StorageBackend):
         return b"ms %b %d %b %b\r\n" % (name, nbytes, flags, self._expiry())
 
     def _lines(
-        self, command: bytes, keys: Sequence[ChunkKey], timeout: float
+        self, command: bytes, keys: Sequence[ChunkKey], transfer: Transfer
     ) -> Iterator[tuple[int, bytes]]:
         """(index, answer) of a command whose answer is a line."""
         lines = [command % name + _END for name in self._names(keys)]
-        return self._servers.ask(self._places(keys), lines, timeout)
+        return self._servers.ask(self._servers.of(keys), lines, transfer)
 
 
 class Head(NamedTuple):

@@ -7,7 +7,7 @@ import contextlib
 import ssl
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -16,9 +16,16 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from lmcache_backends._net.connection import Buffer, Lane, Pool, Refused, Wire
+from lmcache_backends._net import batch
+from lmcache_backends._net.connection import Buffer, Connection, Pool
 from lmcache_backends._net.options import Address, Login, Tls
-from lmcache_core.backend import StorageError
+from lmcache_core.backend import (
+    DaemonPool,
+    DeadlineExceeded,
+    Refused,
+    StorageError,
+    Transfer,
+)
 
 T = TypeVar("T")
 
@@ -26,6 +33,10 @@ _SLOTS = 16384
 _HOPS = 5
 """Times that the nodes of a cluster may point to another node."""
 _SENT_ON = (b"-MOVED ", b"-ASK ")
+_LARGEST_WORD = 1 << 20
+"""Bytes of the largest word in an answer that is not bulk."""
+_DIALS = 16
+"""Connections that may be made at a time."""
 
 
 class Url(NamedTuple):
@@ -70,11 +81,7 @@ class _Route(NamedTuple):
     asking: bool = False
 
 
-_Routes = dict[_Route, list[int]]
-"""Places in a batch by where their keys are."""
-
-
-class Servers:
+class Servers(batch.Servers["RedisConnection"]):
     """All servers of a store. Thread-safe.
 
     `hosts`: the server; or sentinels, which know the master of the service `sentinel`; or nodes of
@@ -84,82 +91,77 @@ class Servers:
     def __init__(
         self, hosts: Sequence[Address], dial: Dial, sentinel: str | None, cluster: bool
     ) -> None:
-        self.pool = Pool(dial)
+        super().__init__(Pool(dial))
         self._dial = dial
         self._sentinel, self._cluster = sentinel, cluster
         self._seeds = deque(hosts)
         self._table: list[Address] = []
         self._lock = threading.Lock()
 
-    def batch(
+    def __repr__(self) -> str:
+        known = sorted(set(self._table)) or list(self._seeds)
+        return f"<Servers {', '.join(map(str, known))}: {self.pool!r}>"
+
+    def of_all(
         self,
         names: Sequence[bytes],
         request: Callable[[int], Sequence[Buffer]],
-        answer: Callable[[Lane[Link], int, bytes], T],
-        ahead: int,
-        timeout: float,
+        answer: Callable[[RedisConnection, int, bytes], T],
+        transfer: Transfer,
+        ahead: int = 0,
     ) -> Iterator[tuple[int, T]]:
         """Send a request for each name to its server, and yield (index, answer) as they come."""
-        routes = self._routes(names, timeout)
+        routes = self._routes(names, transfer)
         for _ in range(_HOPS):
-            sent_on: _Routes = defaultdict(list)
-            with self._lanes(routes, request, ahead, timeout) as lanes:
-                while lanes:
-                    i, line = lanes[0].next(timeout)
-                    if line.startswith(_SENT_ON):
-                        sent_on[self._redirected(line, lanes[0].wire)].append(i)
-                        self._turn(lanes)
-                        continue
-                    got = answer(lanes[0], i, line)
-                    self._turn(lanes)
+            sent_on: dict[int, _Route] = {}
+            for i, got in self._hop(routes, request, answer, transfer, ahead):
+                if isinstance(got, _Route):
+                    sent_on[i] = got
+                else:
                     yield i, got
-                    del got
+                del got
             if not sent_on:
                 return
-            routes = sent_on
+            routes = _by_route(sent_on)
         raise StorageError("the nodes of the cluster send keys to each other")
 
-    @contextlib.contextmanager
-    def _lanes(
+    def _hop(
         self,
-        routes: _Routes,
+        routes: Mapping[_Route, Sequence[int]],
         request: Callable[[int], Sequence[Buffer]],
+        answer: Callable[[RedisConnection, int, bytes], T],
+        transfer: Transfer,
         ahead: int,
-        timeout: float,
-    ) -> Iterator[deque[Lane[Link]]]:
-        """A lane to each server of `routes`, all of them asked. What is left of them is closed."""
-        lanes: deque[Lane[Link]] = deque()
-        try:
-            for route, places in routes.items():
-                link = self.pool.take(route.address, timeout)
-                kind = _Asking if route.asking else Lane[Link]
-                lanes.append(kind(link, places, request, ahead))
-            for lane in lanes:
-                lane.wire.begin(timeout)
-                lane.fill()
-            yield lanes
-        except Exception:  # a caller that stops listening is none: what is idle stays good
-            self.distrust()
-            raise
-        finally:
-            for lane in lanes:
-                lane.wire.close()
+    ) -> Iterator[tuple[int, T | _Route]]:
+        """What the servers of `routes` say: an answer, or who else is to be asked."""
 
-    def _turn(self, lanes: deque[Lane[Link]]) -> None:
-        """Keep the first lane busy, and go on with the next."""
-        lane = lanes[0]
-        lane.fill()
-        if lane.is_done:
-            lanes.popleft()
-            self.pool.give(lane.wire)
-        else:
-            lanes.rotate(-1)
+        def asking(i: int) -> Sequence[Buffer]:
+            return [encode(b"ASKING"), *request(i)]
 
-    def _redirected(self, line: bytes, link: Link) -> _Route:
-        """Where the MOVED or ASK that came over `link` sends us."""
+        def here(connection: RedisConnection, i: int, line: bytes) -> T | _Route:
+            sent_on = line.startswith(_SENT_ON)
+            return self._redirected(line, connection) if sent_on else answer(connection, i, line)
+
+        def moving(connection: RedisConnection, i: int, line: bytes) -> T | _Route:
+            if line != b"+OK":  # the answer to ASKING
+                raise StorageError(f"{connection.address}: {line.decode(errors='replace')}")
+            return here(connection, i, connection.line())
+
+        settled = {route.address: i for route, i in routes.items() if not route.asking}
+        yield from self.batch(settled, request, here, transfer, ahead)
+        leaving = {route.address: i for route, i in routes.items() if route.asking}
+        yield from self.batch(leaving, asking, moving, transfer, ahead)
+
+    def failed(self, address: Address, error: Exception) -> None:
+        """Without one of them what the others have is of no use, and it may be others by now."""
+        self.distrust()
+        raise error
+
+    def _redirected(self, line: bytes, connection: RedisConnection) -> _Route:
+        """Where the MOVED or ASK that came over `connection` sends us."""
         kind, slot, place = line.decode().split(" ")[:3]
         host, _, port = place.rpartition(":")
-        address = Address(_host(host, link.address), int(port))
+        address = Address(_host(host, connection.address), int(port))
         if kind == "-MOVED":
             if not self._cluster:
                 raise StorageError("the server is a node of a cluster: set cluster: true")
@@ -168,18 +170,18 @@ class Servers:
                     self._table[int(slot)] = address
         return _Route(address, kind == "-ASK")
 
-    def ask(self, address: Address, *command: object, timeout: float) -> Any:
+    def ask(self, address: Address, *command: bytes, transfer: Transfer) -> Any:
         """A command whose answer is not bulk."""
         try:
-            with self.pool.taken(address, timeout) as link:
-                return link.ask(*command, timeout=timeout)
+            with self.pool.taken(address, transfer) as connection:
+                return connection.ask(*command)
         except Exception:
             self.distrust()
             raise
 
-    def addresses(self, timeout: float) -> list[Address]:
+    def addresses(self, transfer: Transfer) -> list[Address]:
         """Every server that has keys."""
-        return list(dict.fromkeys(self._known(timeout)))
+        return list(dict.fromkeys(self._known(transfer)))
 
     def distrust(self) -> None:
         """After a failure every connection is suspect, and the master may be another one."""
@@ -187,28 +189,27 @@ class Servers:
             self.pool.distrust(address)
         self._table = []
 
-    def _routes(self, names: Sequence[bytes], timeout: float) -> _Routes:
-        """The places of `names` by server."""
-        table = self._known(timeout)
-        routes: _Routes = defaultdict(list)
-        for i, name in enumerate(names):
-            routes[_Route(table[key_slot(name)] if len(table) > 1 else table[0])].append(i)
-        return routes
+    def _routes(self, names: Sequence[bytes], transfer: Transfer) -> Mapping[_Route, Sequence[int]]:
+        """The indices of `names` by server."""
+        table = self._known(transfer)
+        if len(table) == 1:
+            return {_Route(table[0]): range(len(names))} if names else {}
+        return _by_route({i: _Route(table[key_slot(name)]) for i, name in enumerate(names)})
 
-    def _known(self, timeout: float) -> list[Address]:
+    def _known(self, transfer: Transfer) -> list[Address]:
         """One server, or the server of each slot."""
         table = self._table
         if not table:
-            table = self._table = self._ask_seeds(timeout)
+            table = self._table = self._ask_seeds(transfer)
         return table
 
-    def _ask_seeds(self, timeout: float) -> list[Address]:
+    def _ask_seeds(self, transfer: Transfer) -> list[Address]:
         if not (self._sentinel or self._cluster):
             return [self._seeds[0]]
         for left in range(len(self._seeds), 0, -1):
             seed = self._seeds[0]
             try:  # one that hangs must not take the time of all
-                return self._ask_seed(seed, timeout / len(self._seeds))
+                return self._ask_seed(seed, Transfer(transfer.remaining() / left))
             except Refused:
                 raise
             except Exception:  # whatever is wrong with this one, another may do
@@ -217,30 +218,63 @@ class Servers:
                     raise
         raise StorageError("no host")
 
-    def _ask_seed(self, seed: Address, timeout: float) -> list[Address]:
+    def _ask_seed(self, seed: Address, transfer: Transfer) -> list[Address]:
         service = self._sentinel
-        with contextlib.closing(self._dial(seed, timeout, sentinel=bool(service))) as link:
+        with contextlib.closing(self._dial(seed, transfer, sentinel=bool(service))) as connection:
             if service:
-                command = ("SENTINEL", "get-master-addr-by-name", service)
-                return [_master(seed, service, link.ask(*command, timeout=timeout))]
-            return _slots(seed, link.ask("CLUSTER", "SLOTS", timeout=timeout))
+                command = (b"SENTINEL", b"get-master-addr-by-name", service.encode())
+                return [_master(seed, service, connection.ask(*command))]
+            return _slots(seed, connection.ask(b"CLUSTER", b"SLOTS"))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.pool.close()
+        self._dial.close()
 
 
-class Link(Wire):
+def _by_route(routes: Mapping[int, _Route]) -> Mapping[_Route, Sequence[int]]:
+    indices: dict[_Route, list[int]] = defaultdict(list)
+    for i, route in routes.items():
+        indices[route].append(i)
+    return indices
+
+
+class RedisConnection(Connection):
     """A connection that redis-py made."""
 
     def __init__(self, address: Address, connection: Any) -> None:
         super().__init__(connection._sock, address)
         self._connection = connection
 
-    def ask(self, *command: object, timeout: float) -> Any:
-        """A command whose answer is not bulk, through redis-py's own parser."""
-        try:
-            self.begin(timeout)
-            self._connection.send_command(*command, check_health=False)
-            return self._connection.read_response()
-        except redis.RedisError as error:
-            raise _translated(error, self.address) from None
+    def ask(self, *command: bytes) -> Any:
+        """A command whose answer is not bulk: bytes, an int, None or a list of these. Raises
+        StorageError for what the server says instead."""
+        self.send([encode(*command)])
+        return self._reply()
+
+    def _reply(self) -> Any:
+        line = self.line()
+        kind, rest = line[:1], line[1:]
+        if kind == b"+":
+            return rest
+        if kind == b"-":
+            raise _refusal(f"{self.address}: {rest.decode(errors='replace')}")
+        if kind not in (b":", b"$", b"*") or not rest.lstrip(b"-").isdigit():
+            raise StorageError(f"{self.address}: the answer is not what the protocol says")
+        number = int(rest)
+        if kind == b":":
+            return number
+        if number < 0:
+            return None
+        return [self._reply() for _ in range(number)] if kind == b"*" else self._bulk(number)
+
+    def _bulk(self, nbytes: int) -> bytes:
+        if nbytes > _LARGEST_WORD:
+            raise StorageError(f"{self.address}: an answer of {nbytes} bytes")
+        buffer = bytearray(nbytes)
+        self.read_into(memoryview(buffer))
+        self.expect(b"\r\n")
+        return bytes(buffer)
 
     def close(self) -> None:
         """Close the connection."""
@@ -248,29 +282,13 @@ class Link(Wire):
         super().close()
 
 
-class _Asking(Lane[Link]):
-    """A lane to the node that slots are moving to."""
-
-    def __init__(
-        self,
-        wire: Link,
-        waiting: Iterable[int],
-        request: Callable[[int], Sequence[Buffer]],
-        ahead: int,
-    ) -> None:
-        super().__init__(wire, waiting, lambda i: [encode(b"ASKING"), *request(i)], ahead)
-
-    def next(self, timeout: float) -> tuple[int, bytes]:
-        self.wire.begin(timeout)
-        self.wire.expect(b"+OK\r\n")
-        return super().next(timeout)
-
-
 class Dial:
-    """Makes connections that are logged in."""
+    """Makes connections that are logged in. On threads, for redis-py and the resolver of names
+    wait for each answer anew."""
 
     def __init__(self, url: Url, login: Login, sentinel_password: str, tls: Tls) -> None:
         """`login`: what to use instead of the url's."""
+        self._threads = DaemonPool("lmcache-redis-dial", _DIALS)
         self._class: Any = redis.Connection
         self._settings: dict[str, Any] = {
             "protocol": 2,
@@ -287,23 +305,34 @@ class Dial:
         self._master = {"db": url.db, "username": username, "password": password}
         self._sentinel = {"password": sentinel_password or None}
 
-    def __call__(self, address: Address, timeout: float, *, sentinel: bool = False) -> Link:
+    def __call__(
+        self, address: Address, transfer: Transfer, *, sentinel: bool = False
+    ) -> RedisConnection:
         """A connection. Raises Refused where the server says no."""
         place = {"host": address.host, "port": address.port}
         connection = self._class(
             **(place if address.port else {"path": address.host}),
             **self._settings,
             **(self._sentinel if sentinel else self._master),
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
+            socket_timeout=transfer.timeout,
+            socket_connect_timeout=transfer.timeout,
         )
         try:
-            connection.connect()
+            self._threads.call(connection.connect, transfer)
+        except DeadlineExceeded as error:
+            connection.disconnect()  # which ends the thread
+            raise DeadlineExceeded(f"{address}: {error}") from None
         except redis.ResponseError as error:
             raise Refused(f"{address}: {error}") from None
         except redis.RedisError as error:
             raise _translated(error, address) from None
-        return Link(address, connection)
+        made = RedisConnection(address, connection)
+        made.use(transfer, transfer.timeout)
+        return made
+
+    def close(self) -> None:
+        """End its threads."""
+        self._threads.close()
 
 
 def _tls(tls: Tls) -> dict[str, Any]:
@@ -325,6 +354,12 @@ def _translated(error: Exception, address: Address) -> Exception:
             return Refused(text)
         cause = cause.__cause__ or cause.__context__
     return StorageError(text)
+
+
+def _refusal(text: str) -> StorageError:
+    """What a server that is connected says no with; these will not change."""
+    kinds = ("NOAUTH", "WRONGPASS", "NOPERM")
+    return Refused(text) if any(f": {kind}" in text for kind in kinds) else StorageError(text)
 
 
 def _master(seed: Address, service: str, answer: Any) -> Address:

@@ -24,26 +24,29 @@ cancelled there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from aiobotocore.config import AioConfig
 from botocore import UNSIGNED
 
 from lmcache_backends._net.options import Tls
-from lmcache_backends.s3.bucket import Bucket, Mistake, Refused, told
-from lmcache_backends.s3.loop import Loop, Patience, result, together
+from lmcache_backends.s3.bucket import Bucket, HttpError, told
+from lmcache_backends.s3.loop import Loop, ended_by, result, together
 from lmcache_backends.s3.options import S3Options, Url, parse_url
 from lmcache_core.backend import (
-    Allocate,
     Buffers,
     ChunkKey,
-    ConfigError,
+    DeadlineExceeded,
+    Refused,
     StorageBackend,
     StorageError,
     Stored,
+    Transfer,
+    nbytes_of,
 )
 
 _FIRST_WAVE, _WAVE = 16, 64
@@ -60,8 +63,6 @@ _PIECE = 256 << 10
 """Bytes handed to a connection at a time; what its socket does not take at once is copied."""
 _SMALL = 16 << 10
 """Parts below this are joined, so that each does not cost a packet."""
-_OPEN_SECONDS = 1.0
-_SCAN_SECONDS = 10.0
 _FULL = {"QuotaExceeded", "InsufficientCapacity", "InsufficientStorage", "507"}
 _FULL |= {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"}
 _UNKNOWN = {"NotImplemented", "InvalidArgument", "InvalidRequest", "MissingContentMD5", "501"}
@@ -83,30 +84,19 @@ class S3Backend(StorageBackend):
         self._options = options
         self._bucket, self._prefix = Bucket(url.bucket, _settings(options, url)), url.prefix
         self._conditional = True
-        self._waiting: set[Patience] = set()
         self._loop = Loop("lmcache-s3")
-        try:  # a list, for the answer to a HEAD would not tell the reason
-            self._loop.call(self._list({"MaxKeys": 1}, self._patience(_OPEN_SECONDS)))
-        except (Refused, Mistake) as error:
-            if problem := self._problem(error):
-                self.close()
-                raise ConfigError(problem) from None
-        except Exception:
-            # Down, slow, or no S3, of which aiobotocore may make anything: a failure like one later
-            # on. The tier finds out, and comes back by itself.
-            pass
 
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
-        return self._loop.call(self._find(keys, self._patience(timeout)))
+    def __repr__(self) -> str:
+        return f"<S3Backend: {self._bucket!r}, {self._loop!r}>"
 
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
+        return self._loop.call(self._find(keys, transfer))
+
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         arrived: queue.SimpleQueue[tuple[int, Buffers] | None] = queue.SimpleQueue()
         slots = asyncio.Semaphore(self._options.parallel)
         split = len(keys) < self._options.parallel
-        patience = self._patience(timeout)
-        load = _Load(keys, allocate, patience, self.on_progress, split, slots, arrived)
+        load = _Load(keys, transfer, split, slots, arrived)
         job = self._loop.submit(self._load(load))
         job.add_done_callback(lambda _: arrived.put(None))
         try:
@@ -121,19 +111,19 @@ class S3Backend(StorageBackend):
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
-        return self._loop.call(self._store(frames, self._patience(timeout)))
+        return self._loop.call(self._store(frames, transfer))
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._loop.call(self._remove([self._name(key) for key in keys], self._patience(timeout)))
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        self._loop.call(self._remove([self._name(key) for key in keys], transfer))
 
-    def scan(self) -> Iterator[Stored]:
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
         name = re.compile(rf"{re.escape(self._prefix)}/([0-9a-f]{{3}})/([0-9a-f]{{61}}\1)")
         more: dict[str, Any] = {}
         while True:
-            page = self._loop.call(self._list(more, self._patience(_SCAN_SECONDS)))
+            page = self._loop.call(self._list(more, transfer))
             for entry in page.get("Contents", ()):
                 if match := name.fullmatch(entry["Key"]):
                     yield Stored(ChunkKey.parse(match[2]), entry["Size"])
@@ -141,29 +131,29 @@ class S3Backend(StorageBackend):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def ping(self, timeout: float) -> None:
-        self._loop.call(self._knock(self._patience(timeout)))
+    def ping(self, transfer: Transfer) -> None:
+        try:  # a list, for the answer to a HEAD would not tell the reason
+            self._loop.call(self._list({"MaxKeys": 1}, transfer))
+        except Refused as error:
+            raise Refused(f"url: {error}") from None
+        except HttpError as error:
+            if 400 <= error.status < 500 or error.status == 301:
+                raise Refused(self._problem(error)) from None
+            raise
 
     def close(self) -> None:
         self._loop.close(self._bucket.close)
 
-    def _problem(self, error: Refused | Mistake) -> str:
-        """What makes the configuration useless; "" where the server may work a moment later."""
-        if isinstance(error, Mistake):
-            return f"url: {error}"
-        bucket = f"url: the bucket {self._bucket.name!r}"
+    def _problem(self, error: HttpError) -> str:
+        """What makes the configuration useless."""
         reasons = {
             404: "does not exist",
             403: _FORBIDDEN,
             401: _FORBIDDEN,
             301: "is in another region",
         }
-        if 400 <= error.status < 500 or error.status == 301:
-            return f"{bucket} {reasons.get(error.status, 'cannot be used')}: {error}"
-        return ""
-
-    def _patience(self, timeout: float) -> Patience:
-        return Patience(timeout, self._waiting)
+        reason = reasons.get(error.status, "cannot be used")
+        return f"url: the bucket {self._bucket.name!r} {reason}: {error}"
 
     def _name(self, key: ChunkKey) -> str:
         text = str(key)
@@ -171,35 +161,34 @@ class S3Backend(StorageBackend):
 
     # On the loop
 
-    async def _find(self, keys: Sequence[ChunkKey], patience: Patience) -> list[bool]:
+    async def _find(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         found: list[bool] = []
-        async with patience:
+        async with ended_by(transfer):
             while len(found) < len(keys):
                 wave = keys[len(found) :][: _WAVE if found else _FIRST_WAVE]
-                answers = await together(self._is_there(self._name(key), patience) for key in wave)
+                answers = await together(self._is_there(self._name(key), transfer) for key in wave)
                 found += answers
                 if not any(answers):
                     break
         return found + [False] * (len(keys) - len(found))
 
-    async def _is_there(self, name: str, patience: Patience) -> bool:
+    async def _is_there(self, name: str, transfer: Transfer) -> bool:
         try:
-            await self._bucket.ask("head_object", patience, Key=name)
-        except Refused as refused:
+            await self._bucket.ask("head_object", transfer, Key=name)
+        except HttpError as refused:
             if refused.status == 404:
                 return False
             raise
         return True
 
     async def _load(self, load: _Load) -> None:
-        async with load.patience:
+        async with ended_by(load.transfer):
             await together(self._load_one(load, i) for i in range(len(load.keys)))
 
     async def _load_one(self, load: _Load, i: int) -> None:
         """A slot is taken here, and given back by whoever takes the frame."""
         await load.slots.acquire()
-        with load.patience.waiting():
-            frame = await self._read(self._name(load.keys[i]), load)
+        frame = await self._read(self._name(load.keys[i]), load)
         if frame is None:
             load.slots.release()
         else:
@@ -209,8 +198,8 @@ class S3Backend(StorageBackend):
         """The first range tells the size; what a large frame has beyond it is read beside it."""
         part = {"Range": _range(0)} if load.split else {}
         try:
-            first = await self._bucket.ask("get_object", load.patience, Key=name, **part)
-        except Refused as refused:
+            first = await self._bucket.ask("get_object", load.transfer, Key=name, **part)
+        except HttpError as refused:
             if refused.status == 416:  # what is empty has no first byte
                 return memoryview(b"")
             if refused.status == 404:
@@ -219,7 +208,7 @@ class S3Backend(StorageBackend):
         here = first["ContentLength"]
         async with first["Body"]:  # closes the connection where bytes are left in it
             nbytes = int(first.get("ContentRange", f"/{here}").rpartition("/")[2])
-            buffer = load.allocate(nbytes)
+            buffer = load.transfer.allocate(nbytes)
             rest = [
                 self._read_range(name, at, buffer[at : at + _RANGE], first["ETag"], load)
                 for at in range(here, nbytes, _RANGE)
@@ -231,90 +220,84 @@ class S3Backend(StorageBackend):
         self, name: str, at: int, target: memoryview, version: str, load: _Load
     ) -> None:
         part = {"Range": _range(at), "IfMatch": version}  # all parts of one object, or an error
-        answer = await self._bucket.ask("get_object", load.patience, Key=name, **part)
+        answer = await self._bucket.ask("get_object", load.transfer, Key=name, **part)
         async with answer["Body"]:
             if answer["ContentLength"] != target.nbytes:
                 raise StorageError(f"{answer['ContentLength']} bytes of {target.nbytes} came")
             await _fill(target, answer["Body"], load)
 
-    async def _store(self, frames: Sequence[tuple[ChunkKey, Buffers]], patience: Patience) -> int:
+    async def _store(self, frames: Sequence[tuple[ChunkKey, Buffers]], transfer: Transfer) -> int:
         slots = asyncio.Semaphore(self._options.parallel)
 
         async def one(key: ChunkKey, parts: Buffers) -> bool:
             async with slots:
-                return await self._store_one(self._name(key), parts, patience)
+                return await self._store_one(self._name(key), parts, transfer)
 
-        async with patience:
+        async with ended_by(transfer):
             stored = await together(one(key, parts) for key, parts in frames)
         return [*stored, False].index(False)
 
-    async def _store_one(self, name: str, parts: Buffers, patience: Patience) -> bool:
+    async def _store_one(self, name: str, parts: Buffers, transfer: Transfer) -> bool:
         """False where the store is full."""
         try:
-            if self._conditional and await self._put_if_absent(name, parts, patience):
+            if self._conditional and await self._put_if_absent(name, parts, transfer):
                 return True
-            if not await self._is_there(name, patience):
-                await self._put(name, parts, patience)
+            if not await self._is_there(name, transfer):
+                await self._put(name, parts, transfer)
                 self._conditional = False  # it works without, so that was not understood
-        except Refused as refused:
+        except HttpError as refused:
             if refused.says(_FULL):
                 return False
             raise
         return True
 
-    async def _put_if_absent(self, name: str, parts: Buffers, patience: Patience) -> bool:
+    async def _put_if_absent(self, name: str, parts: Buffers, transfer: Transfer) -> bool:
         """False where the server does not understand the condition."""
         try:
-            await self._put(name, parts, patience, IfNoneMatch="*")
-        except Refused as refused:
+            await self._put(name, parts, transfer, IfNoneMatch="*")
+        except HttpError as refused:
             if refused.says(_UNKNOWN):
                 return False
             if refused.status != 412:
                 raise
         return True
 
-    async def _put(self, name: str, parts: Buffers, patience: Patience, **condition: str) -> None:
-        body = _Body(parts, patience)
+    async def _put(self, name: str, parts: Buffers, transfer: Transfer, **condition: str) -> None:
+        body = _Body(parts, transfer)
         size = {"ContentLength": body.nbytes}
-        await self._bucket.ask("put_object", patience, Key=name, Body=body, **size, **condition)
+        await self._bucket.ask("put_object", transfer, Key=name, Body=body, **size, **condition)
 
-    async def _remove(self, names: Sequence[str], patience: Patience) -> None:
-        async with patience:
+    async def _remove(self, names: Sequence[str], transfer: Transfer) -> None:
+        async with ended_by(transfer):
             for at in range(0, len(names), _DELETES):
-                await self._remove_some(names[at : at + _DELETES], patience)
+                await self._remove_some(names[at : at + _DELETES], transfer)
 
-    async def _remove_some(self, names: Sequence[str], patience: Patience) -> None:
+    async def _remove_some(self, names: Sequence[str], transfer: Transfer) -> None:
         """In one request; one by one where the server knows none such, or wants an MD5 for it."""
         if len(names) > 1:
             batch = {"Objects": [{"Key": name} for name in names], "Quiet": True}
             try:
-                answer = await self._bucket.ask("delete_objects", patience, Delete=batch)
-            except Refused as refused:
+                answer = await self._bucket.ask("delete_objects", transfer, Delete=batch)
+            except HttpError as refused:
                 if not refused.says(_UNKNOWN):
                     raise
             else:
                 for error in answer.get("Errors", ()):
-                    raise Refused("delete_objects", 200, error.get("Code", "an error"))
+                    raise HttpError("delete_objects", 200, error.get("Code", "an error"))
                 return
-        await together(self._bucket.ask("delete_object", patience, Key=name) for name in names)
+        await together(self._bucket.ask("delete_object", transfer, Key=name) for name in names)
 
-    async def _list(self, more: dict[str, Any], patience: Patience) -> Any:
-        async with patience:
+    async def _list(self, more: dict[str, Any], transfer: Transfer) -> Any:
+        async with ended_by(transfer):
             more = {"Prefix": f"{self._prefix}/", **more}
-            return await self._bucket.ask("list_objects_v2", patience, **more)
-
-    async def _knock(self, patience: Patience) -> None:
-        async with patience:
-            await self._bucket.ask("head_bucket", patience)
+            return await self._bucket.ask("list_objects_v2", transfer, **more)
 
 
 class _Load(NamedTuple):
     """One `get`: what the loop and the waiting thread share."""
 
     keys: Sequence[ChunkKey]
-    allocate: Allocate
-    patience: Patience
-    on_progress: Callable[[], None]
+    transfer: Transfer
     split: bool
     """Read a large frame by ranges, for connections are left over."""
     slots: asyncio.Semaphore
@@ -326,9 +309,9 @@ class _Body:
     """A frame's parts, sent from where they lie. The client library wants a `read`; none calls it,
     for aiohttp iterates."""
 
-    def __init__(self, parts: Buffers, patience: Patience) -> None:
-        self.nbytes = sum(part.nbytes for part in parts)
-        self._parts, self._patience = parts, patience
+    def __init__(self, parts: Buffers, transfer: Transfer) -> None:
+        self.nbytes = nbytes_of(parts)
+        self._parts, self._transfer = parts, transfer
 
     def read(self) -> bytes:
         raise NotImplementedError
@@ -346,7 +329,8 @@ class _Body:
                 small = bytearray()
             for at in range(0, part.nbytes, _PIECE):
                 yield part[at : at + _PIECE]
-                self._patience.moved(_PIECE)
+                with contextlib.suppress(DeadlineExceeded):  # which ends the request itself
+                    self._transfer.moved(_PIECE)
         if small:
             yield small
 
@@ -385,6 +369,5 @@ async def _fill(buffer: memoryview, body: Any, load: _Load) -> None:
             n = await body.readinto(buffer[filled:])
         if n == 0:
             raise StorageError(f"{filled} bytes of {buffer.nbytes} came")
-        load.patience.moved(n)
-        load.on_progress()
+        load.transfer.moved(n)
         filled += n

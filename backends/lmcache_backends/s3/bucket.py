@@ -23,8 +23,7 @@ from botocore.exceptions import (
 )
 from botocore.handlers import add_expect_header
 
-from lmcache_backends.s3.loop import Patience
-from lmcache_core.backend import StorageError
+from lmcache_core.backend import Backoff, Refused, StorageError, Transfer
 
 _PAUSES = (0.05, 1.0)
 """Seconds before a request is tried again: at first, doubled up to the second."""
@@ -44,7 +43,7 @@ _LOADER = AioSession().get_component("data_loader")
 """Keeps the description of S3's protocol, a megabyte to parse, for every backend."""
 
 
-class Refused(StorageError):
+class HttpError(StorageError):
     """The server answered, and the answer is no."""
 
     def __init__(self, operation: str, status: int, code: str) -> None:
@@ -56,10 +55,6 @@ class Refused(StorageError):
         return self.code in codes or str(self.status) in codes
 
 
-class Mistake(StorageError):
-    """Credentials or certificates are missing or wrong: trying again does not help."""
-
-
 class Bucket:
     """A bucket by its name, all on one event loop."""
 
@@ -69,21 +64,22 @@ class Bucket:
         self._settings = settings
         self._connecting: asyncio.Task[Any] | None = None
 
-    async def ask(self, operation: str, patience: Patience, **parameters: Any) -> Any:
-        """A request, made again for as long as the server is busy and the call has patience."""
-        pause, longest = _PAUSES
-        with patience.waiting():
-            while True:
-                try:
-                    with told(operation):
-                        client = await self._client()
-                        return await getattr(client, operation)(Bucket=self.name, **parameters)
-                except Refused as refused:
-                    if not refused.says(_BUSY):
-                        raise
-                    patience.reason = f"; {refused}"
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, longest)
+    def __repr__(self) -> str:
+        return f"<Bucket {self.name}>"
+
+    async def ask(self, operation: str, transfer: Transfer, **parameters: Any) -> Any:
+        """A request, made again for as long as the server is busy and the call has time."""
+        pauses = Backoff(*_PAUSES)
+        while True:
+            try:
+                with told(operation):
+                    client = await self._client()
+                    return await getattr(client, operation)(Bucket=self.name, **parameters)
+            except HttpError as error:
+                if not error.says(_BUSY):
+                    raise
+                transfer.answer = f"; {error}"
+            await asyncio.sleep(pauses.next() * random.uniform(0.5, 1.0))
 
     async def _client(self) -> Any:
         task = self._connecting
@@ -99,7 +95,7 @@ class Bucket:
         try:
             client = await session.create_client("s3", **settings).__aenter__()
         except ValueError as error:  # an endpoint that is none
-            raise Mistake(str(error)) from None
+            raise Refused(str(error)) from None
         # A server that never says "100 Continue" would be waited for, and others cost a round trip.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
@@ -119,9 +115,9 @@ def told(operation: str) -> Iterator[None]:
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = error.response.get("Error", {}).get("Code", "an error")
-        raise Refused(operation, status, code) from None
+        raise HttpError(operation, status, code) from None
     except _MISTAKES as error:
-        raise Mistake(" ".join(str(error).split())) from None
+        raise Refused(" ".join(str(error).split())) from None
     except (BotoCoreError, aiohttp.ClientError, OSError) as error:
         text = " ".join(str(error).split())[:200]
         raise StorageError(f"{operation}: {text or type(error).__name__}") from None

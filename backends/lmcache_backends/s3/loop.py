@@ -6,13 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError, Future
-from types import TracebackType
 from typing import Any, TypeVar
 
-from lmcache_backends._net.connection import SLOWEST
-from lmcache_core.backend import StorageError, start_thread
+from lmcache_core.backend import StorageError, Transfer, start_thread
 
 T = TypeVar("T")
 
@@ -27,6 +25,9 @@ class Loop:
         self._lock = threading.Lock()
         self._closed = False
         self._thread = start_thread(self._run, name)
+
+    def __repr__(self) -> str:
+        return f"<Loop: {'closed' if self._closed else 'running'}>"
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Run `work` there; cancelling the future cancels it."""
@@ -89,60 +90,25 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-class Patience:
-    """Ends what runs inside it after `timeout` seconds without progress.
+@contextlib.asynccontextmanager
+async def ended_by(transfer: Transfer) -> AsyncIterator[None]:
+    """End what runs inside when the call has had its time. Raises DeadlineExceeded."""
+    loop = asyncio.get_running_loop()
+    scope = asyncio.timeout(None)
+    timer: asyncio.Handle = loop.call_soon(lambda: look())
 
-    Only time in which a request is under way counts, not that in which the caller is busy. What is
-    slower than its share of SLOWEST, which all that have requests under way share, is none.
-    """
+    def look() -> None:
+        nonlocal timer
+        left = transfer.remaining()
+        if left > 0:
+            timer = loop.call_later(left, look)
+        else:
+            scope.reschedule(loop.time())
 
-    def __init__(self, timeout: float, waiting: set[Patience]) -> None:
-        """`waiting`: those with requests under way."""
-        self.reason = ""
-        """What the server said last, for the message."""
-        self._waiting = waiting
-        self._timeout = self._left = timeout
-        self._requests = 0
-
-    async def __aenter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._scope = asyncio.timeout(None)
-        await self._scope.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._scope.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            text = f"no answer within {self._timeout:.3g} s{self.reason}"
-            raise TimeoutError(text) from None
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A request is under way."""
-        self._requests += 1
-        if self._requests == 1:
-            self._waiting.add(self)
-            self._end(self._loop.time() + self._left)
-        try:
+    try:
+        async with scope:
             yield
-        finally:
-            self._requests -= 1
-            if self._requests == 0:
-                self._waiting.discard(self)
-                self._left = (self._scope.when() or 0.0) - self._loop.time()
-                self._end(None)
-
-    def moved(self, nbytes: int) -> None:
-        """So many bytes came or went."""
-        latest = self._loop.time() + self._timeout
-        seconds = nbytes * len(self._waiting) / SLOWEST
-        self._end(min(latest, (self._scope.when() or latest) + seconds))
-
-    def _end(self, when: float | None) -> None:
-        if not self._scope.expired():
-            self._scope.reschedule(when)
+    except TimeoutError:
+        raise transfer.late() from None
+    finally:
+        timer.cancel()

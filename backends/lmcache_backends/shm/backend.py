@@ -38,7 +38,6 @@ from lmcache_backends.shm.segment import (
     Word,
 )
 from lmcache_core.backend import (
-    Allocate,
     Buffers,
     ChunkKey,
     ConfigError,
@@ -48,13 +47,14 @@ from lmcache_core.backend import (
     StorageBackend,
     StorageError,
     Stored,
+    Transfer,
     file_system_bytes,
+    nbytes_of,
+    unheld,
 )
 
 FREE, RESERVED, WHOLE, GONE = range(4)
 _OPEN_SECONDS = 10.0
-_SOON = 50_000_000
-"""Nanoseconds in which a sequence that grows chunk by chunk counts as used only once."""
 _OLDEST = 1024
 """Slots that are sorted by last use at a time."""
 _HASH = struct.Struct("2Q")
@@ -95,80 +95,68 @@ class ShmBackend(StorageBackend):
         self._pool = _Pool(options)
         self._joining = threading.Lock()
 
-    def contains(self, keys: Sequence[ChunkKey], timeout: float) -> list[bool]:
+    def __repr__(self) -> str:
+        state = "closed" if self._pool.closed else "open"
+        return f"<ShmBackend: pool {self._options.pool!r}, {state}>"
+
+    def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         return self._pool.contains(keys)
 
-    def get(
-        self, keys: Sequence[ChunkKey], allocate: Allocate, timeout: float
-    ) -> Iterator[tuple[int, Buffers]]:
-        frames = self._pool.lease(keys, timeout)
-        while frames:
-            i, view = frames.popleft()
-            yield i, [view]
-            del view
+    def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
+        return unheld(self._pool.lease(keys, transfer))
 
     def put(
         self,
         frames: Sequence[tuple[ChunkKey, Buffers]],
-        chain: Sequence[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> int:
         stored = 0
         for key, parts in frames:
-            if not self._put(key, parts, chain, timeout):
+            if not self._put(key, parts, prefix, transfer):
                 break
             stored += 1
-        if not self._pool.follows(chain[-2:]):
-            self._pool.touch(chain)
         return stored
 
     def _put(
-        self, key: ChunkKey, parts: Buffers, chain: Sequence[ChunkKey], timeout: float
+        self, key: ChunkKey, parts: Buffers, prefix: Sequence[ChunkKey], transfer: Transfer
     ) -> bool:
         pool = self._pool
         slot = pool.room_of(parts)
         if slot:
             pool.fill_head(slot, parts[0])
-            pool.publish(slot, key, timeout)
+            pool.publish(slot, key, transfer)
             return True
         if pool.contains([key])[0]:
             return True
-        room = self._reserve(pool, sum(part.nbytes for part in parts), 0, chain, timeout)
+        room = pool.reserve(nbytes_of(parts), 0, prefix, transfer)
         if room is None:
             return False
         slot, view = room
         _copy(parts, view)
-        pool.publish(slot, key, timeout)
+        pool.publish(slot, key, transfer)
         return True
 
-    def room(self, nbytes: int, chain: Sequence[ChunkKey], timeout: float) -> memoryview | None:
-        room = self._reserve(self._pool, nbytes, PAGE, chain, timeout)
+    def reserve(
+        self, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer
+    ) -> memoryview | None:
+        room = self._pool.reserve(nbytes, PAGE, prefix, transfer)
         return None if room is None else room[1]
 
-    def _reserve(
-        self, pool: _Pool, nbytes: int, head: int, chain: Sequence[ChunkKey], timeout: float
-    ) -> tuple[int, memoryview] | None:
-        evicted: list[ChunkKey] = []
-        try:
-            return pool.reserve(nbytes, head, chain, evicted, timeout)
-        finally:
-            if evicted:
-                self.on_evict(evicted)
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        self._pool.delete(keys, transfer)
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        self._pool.delete(keys, timeout)
+    def scan(self, transfer: Transfer) -> Iterator[Stored]:
+        yield from self._pool.stored(transfer)
 
-    def scan(self) -> Iterator[Stored]:
-        yield from self._pool.stored(_OPEN_SECONDS)
-
-    def touch(self, keys: Sequence[ChunkKey], timeout: float) -> None:
+    def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         self._pool.touch(keys)
 
-    def ping(self, timeout: float) -> None:
+    def ping(self, transfer: Transfer) -> None:
         """Join the pool anew where its file was deleted; else see that its lock can be had."""
         with self._joining:
             try:
-                self._pool.ping(timeout)
+                self._pool.ping(transfer)
             except DeadlineExceeded:
                 raise
             except StorageError:
@@ -251,7 +239,7 @@ class _Pool:
         were not used since, the first is the oldest still, so not every eviction has to sort."""
         self.closed = False
         try:
-            with self._changing(_OPEN_SECONDS):
+            with self._changing(Transfer(_OPEN_SECONDS)):
                 self._member = self._join()
                 self._sweep()
         except BaseException:
@@ -268,14 +256,16 @@ class _Pool:
         raise ConfigError(f"pool: {self._segment.path} has {MEMBERS} members already")
 
     def close(self) -> None:
-        """Leave, as soon as nobody looks at what was read."""
+        """Leave, as soon as nobody is within, or looks at what was read."""
         self.closed = True
-        with self._segment.mutex:  # nobody is within
-            self._leases.closing = True
-            self._leases.settle()
+        if self._segment.mutex.acquire(blocking=False):  # else who has it leaves
+            try:
+                self._depart()
+            finally:
+                self._segment.mutex.release()
 
-    def ping(self, timeout: float) -> None:
-        with self._locked(timeout):
+    def ping(self, transfer: Transfer) -> None:
+        with self._locked(transfer):
             pass
 
     @property
@@ -285,9 +275,14 @@ class _Pool:
     # The mutex
 
     @contextmanager
-    def _locked(self, timeout: float, changing: bool = False) -> Iterator[None]:
+    def _locked(self, transfer: Transfer, changing: bool = False) -> Iterator[None]:
         """Hold the mutex, with all that is derived in order."""
-        self._segment.lock(timeout)
+        try:
+            self._segment.lock(transfer)
+        except StorageError:
+            if self.closed:
+                self.close()
+            raise
         try:
             if self.closed:
                 raise StorageError("closed")
@@ -300,11 +295,17 @@ class _Pool:
             if changing:
                 self._words[Word.DIRTY] = 0
         finally:
+            if self.closed:
+                self._depart()
             self._segment.unlock()
 
-    def _changing(self, timeout: float) -> AbstractContextManager[None]:
+    def _depart(self) -> None:
+        self._leases.closing = True
+        self._leases.settle()
+
+    def _changing(self, transfer: Transfer) -> AbstractContextManager[None]:
         """Hold the mutex to change what is derived. An exception leaves it dirty, like death."""
-        return self._locked(timeout, changing=True)
+        return self._locked(transfer, changing=True)
 
     # Index
 
@@ -315,7 +316,7 @@ class _Pool:
         found = self._find(keys) > 0
         if self._words[Word.DIRTY] and not found.all():
             try:
-                self.ping(0.0)  # if nobody holds the mutex, its last holder died
+                self.ping(Transfer(0.0))  # if nobody holds the mutex, its last holder died
             except DeadlineExceeded:
                 return list(map(bool, found))
             found = self._find(keys) > 0
@@ -395,24 +396,23 @@ class _Pool:
 
     # Reading
 
-    def lease(self, keys: Sequence[ChunkKey], timeout: float) -> deque[tuple[int, memoryview]]:
+    def lease(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[tuple[int, Buffers]]:
         """(index into keys, frame) of those that are there, to be read for as long as one likes."""
         segment = self._segment
-        with self._locked(timeout):
+        with self._locked(transfer):
             slots = self._find(keys)
             there = [(i, int(slot)) for i, slot in enumerate(slots) if slot]
             self._leases.take([slot for _, slot in there])
             begins = segment.start[slots]
             ends = begins + segment.nbytes[slots]
-        views: deque[tuple[int, memoryview]] = deque()
-        for i, slot in there:
-            view = self._leases.view(slot, int(begins[i]), int(ends[i]))
-            views.append((i, view.toreadonly()))
-        return views
+        return [
+            (i, [self._leases.view(slot, int(begins[i]), int(ends[i])).toreadonly()])
+            for i, slot in there
+        ]
 
-    def stored(self, timeout: float) -> list[Stored]:
+    def stored(self, transfer: Transfer) -> list[Stored]:
         segment = self._segment
-        with self._locked(timeout):
+        with self._locked(transfer):
             slots = np.flatnonzero(segment.state[: self._high] == WHOLE)
             return [
                 Stored(ChunkKey(self._key(int(slot))), int(segment.nbytes[slot])) for slot in slots
@@ -426,30 +426,14 @@ class _Pool:
         there = np.flatnonzero(slots)[::-1]  # a key named twice has its first, later time
         self._segment.used[slots[there]] = now[there]
 
-    def follows(self, pair: Sequence[ChunkKey]) -> bool:
-        """Count the second of a parent and its child as used, a little before the parent, if that
-        was used a moment ago; so a sequence that is stored chunk by chunk is not touched from its
-        root for each."""
-        self._check()
-        slots = [self._slot(key) for key in pair]
-        if len(slots) < 2 or 0 in slots:
-            return False
-        parent, child = slots
-        used = self._segment.used
-        if time.monotonic_ns() - used[parent] > _SOON:
-            return False
-        used[child] = used[parent] - 1
-        return True
-
     # Writing
 
     def reserve(
         self,
         nbytes: int,
         head: int,
-        chain: Sequence[ChunkKey],
-        evicted: list[ChunkKey],
-        timeout: float,
+        prefix: Sequence[ChunkKey],
+        transfer: Transfer,
     ) -> tuple[int, memoryview] | None:
         """A slot and its writable pages, for as long as the view lives or until it is published;
         None where there is no room. `head` bytes before the view are the slot's too."""
@@ -458,11 +442,11 @@ class _Pool:
             return None
         step = 1 << max(0, pages.bit_length() - 5)  # near sizes fit into each other's place
         pages = min(-(-pages // step) * step, int(self._words[Word.PAGES]))
-        with self._changing(timeout):
+        with self._changing(transfer):
             first = self._run(pages)
             if first is None:
-                first = self._make_room(pages, chain, evicted)
-            slot = self._free_slot(chain, evicted)
+                first = self._make_room(pages, prefix, transfer.evicted)
+            slot = self._free_slot(prefix, transfer.evicted)
             if first is None or slot is None:
                 return None
             self._occupy(slot, first, pages)
@@ -506,10 +490,10 @@ class _Pool:
         segment.start[slot] = begin
         segment.nbytes[slot] += head.nbytes
 
-    def publish(self, slot: int, key: ChunkKey, timeout: float) -> None:
+    def publish(self, slot: int, key: ChunkKey, transfer: Transfer) -> None:
         """Show a filled slot, unless another process was faster."""
         segment = self._segment
-        with self._changing(timeout):
+        with self._changing(transfer):
             if self._slot(key):
                 return
             at = segment.at["keys"] + slot * _KEY
@@ -519,8 +503,8 @@ class _Pool:
             if not self._enter(slot):
                 segment.state[slot] = GONE
 
-    def delete(self, keys: Sequence[ChunkKey], timeout: float) -> None:
-        with self._changing(timeout):
+    def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        with self._changing(transfer):
             for slot in {int(slot) for slot in self._find(keys) if slot}:
                 self._remove(slot)
             self._sweep()
@@ -544,10 +528,10 @@ class _Pool:
         words[Word.LONGEST] = pages - 1
         return None
 
-    def _free_slot(self, chain: Sequence[ChunkKey], evicted: list[ChunkKey]) -> int | None:
+    def _free_slot(self, prefix: Sequence[ChunkKey], evicted: list[bytes]) -> int | None:
         slot = self._unused_slot()
         if slot is None:
-            oldest = self._oldest(chain)
+            oldest = self._oldest(prefix)
             if oldest:
                 self._evict(oldest, evicted)
             slot = self._unused_slot()
@@ -561,7 +545,7 @@ class _Pool:
         return None if found < 0 else found - base
 
     def _make_room(
-        self, pages: int, chain: Sequence[ChunkKey], evicted: list[ChunkKey]
+        self, pages: int, prefix: Sequence[ChunkKey], evicted: list[bytes]
     ) -> int | None:
         """Free the least recently used until a run of `pages` is free; returns its first page."""
         self._reap()
@@ -569,10 +553,10 @@ class _Pool:
         if first is not None:
             return first
         segment = self._segment
-        oldest = self._oldest(chain)
+        oldest = self._oldest(prefix)
         if oldest and segment.pages[oldest] >= pages:
             return self._evict(oldest, evicted)[0]
-        victims = self._victims(chain)
+        victims = self._victims(prefix)
         if segment.pages[victims].sum() + self._words[Word.FREE] < pages:
             return None
         freed = 0
@@ -583,30 +567,30 @@ class _Pool:
             first, length = self._evict(int(victim), evicted)
             if length >= pages:
                 return first
-        for victim in self._window(pages, self._victims(chain)):
+        for victim in self._window(pages, self._victims(prefix)):
             self._evict(int(victim), evicted)
         return self._run(pages)
 
-    def _oldest(self, chain: Sequence[ChunkKey]) -> int:
+    def _oldest(self, prefix: Sequence[ChunkKey]) -> int:
         """The least recently used slot that may be evicted, or 0."""
         segment = self._segment
         for sort in (False, True):
             if sort:
-                slots = self._victims(chain)[:_OLDEST]
+                slots = self._victims(prefix)[:_OLDEST]
                 self._aged.extend(zip(slots.tolist(), segment.used[slots].tolist(), strict=True))
             while self._aged:
                 slot, used = self._aged.popleft()
                 unused = segment.state[slot] == WHOLE and segment.used[slot] == used
-                if unused and not self._leased(slot) and self._key(slot) not in chain:
+                if unused and not self._leased(slot) and self._key(slot) not in prefix:
                     return slot
         return 0
 
-    def _victims(self, chain: Sequence[ChunkKey]) -> np.ndarray:
+    def _victims(self, prefix: Sequence[ChunkKey]) -> np.ndarray:
         """Slots that may be evicted, least recently used first."""
         segment, high = self._segment, self._high
         may = segment.state[:high] == WHOLE
         may &= ~segment.leases[:high].view(np.uint64).any(axis=1)
-        may[self._find(chain)] = False
+        may[self._find(prefix)] = False
         slots = np.flatnonzero(may)
         return slots[np.argsort(segment.used[slots], kind="stable")]
 
@@ -628,7 +612,7 @@ class _Pool:
         best = int(np.argmin(prices))
         return live[best : upto[best]] if np.isfinite(prices[best]) else live[:0]
 
-    def _evict(self, slot: int, evicted: list[ChunkKey]) -> tuple[int, int]:
+    def _evict(self, slot: int, evicted: list[bytes]) -> tuple[int, int]:
         evicted.append(ChunkKey(self._key(slot)))
         return self._remove(slot)
 

@@ -33,9 +33,11 @@ from functools import partial
 import numpy as np
 
 from lmcache_core.backend import (
+    Backoff,
     ConfigError,
     DeadlineExceeded,
     StorageError,
+    Transfer,
     host_register,
     start_thread,
 )
@@ -48,6 +50,9 @@ _POPULATE_READ = 22
 """From Linux' mman.h, since 5.14; Python does not name it."""
 MEMBERS = 64
 """Open backends that a pool can have at a time; one byte each in a chunk's lease line."""
+_LOCK_SECONDS = (20e-6, 1e-3)
+"""Waits for the mutex, which others hold for microseconds."""
+_OPEN_SECONDS = 10.0
 _SLOT_EACH = 32 << 10
 _MAGIC = int.from_bytes(b"LMCPOOL\0", "little")
 _VERSION = 1
@@ -160,19 +165,17 @@ class Segment:
             return False
         return os.fstat(self._fd).st_size >= self.whole.nbytes
 
-    def lock(self, timeout: float) -> None:
-        """Take the mutex. Raises DeadlineExceeded where another holds it for `timeout` seconds."""
-        end = time.monotonic() + timeout
-        if not self.mutex.acquire(timeout=max(timeout, 0)):
-            raise DeadlineExceeded(f"a thread holds the lock for {timeout:.3g} s")
+    def lock(self, transfer: Transfer) -> None:
+        """Take the mutex. Raises DeadlineExceeded where another holds it until `transfer` ends."""
+        if not self.mutex.acquire(timeout=max(transfer.remaining(), 0.0)):
+            raise DeadlineExceeded(f"a thread holds the lock for {transfer.timeout:.3g} s")
         try:
             self.check()
-            pause = 20e-6
-            while not self._try_lock():
-                if time.monotonic() > end:
-                    raise DeadlineExceeded(f"a process holds the lock for {timeout:.3g} s")
-                time.sleep(pause)
-                pause = min(2 * pause, 1e-3)
+            waits = Backoff(*_LOCK_SECONDS)
+            while not _has_locked(self._fd):
+                if transfer.remaining() <= 0:
+                    raise DeadlineExceeded(f"a process holds the lock for {transfer.timeout:.3g} s")
+                time.sleep(waits.next())
         except BaseException:
             self.mutex.release()
             raise
@@ -180,16 +183,10 @@ class Segment:
     def unlock(self) -> None:
         """Give the mutex back."""
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_UN)
+            if self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
         finally:
             self.mutex.release()
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     def join(self, member: int) -> bool:
         """Become this member for as long as the descriptor is open, unless another is."""
@@ -261,17 +258,35 @@ def _columns(capacity: int) -> list[tuple[str, type[np.generic], tuple[int, ...]
 
 def _open_locked(path: str) -> int:
     """The file, existing or new and empty, with its mutex held."""
+    end = time.monotonic() + _OPEN_SECONDS
+    waits = Backoff(*_LOCK_SECONDS)
     while True:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(path, flags, 0o600)
         except OSError as error:
             raise ConfigError(f"pool: {path} cannot be opened: {error.strerror}") from error
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(path)):
-                return fd
-        os.close(fd)  # removed, by `clear` or a failed creation, while we waited
+        if _has_locked(fd) and _is_at(fd, path):
+            return fd
+        os.close(fd)  # held by another, or removed by `clear` or a failed creation
+        if time.monotonic() > end:
+            raise StorageError(f"a process holds the lock of {path}")
+        time.sleep(waits.next())
+
+
+def _has_locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _check_owner(fd: int, path: str) -> None:

@@ -25,6 +25,7 @@ from lmcache_core.engine import engine
 from lmcache_core.engine.engine import CacheEngine
 from lmcache_core.frames import frame
 from lmcache_core.io.memory import HostBuffers
+from lmcache_core.io.transfer import Transfer
 from lmcache_core.kv.namespace import FRAME_VERSION
 from lmcache_core.testing import make_chunk, tiny_layout
 from lmcache_core.testing.frames import forged
@@ -133,7 +134,7 @@ def test_a_prefix_over_the_union_of_tiers_counts(
         keys = sequence(namespace, 3)
         cache.store(namespace, keys, gather)
         cache.flush()
-        cache._tiers[0]._backend.delete([keys[1]], 1.0)
+        cache._tiers[0]._backend.delete([keys[1]], Transfer(1.0))
         chunk_file(tmp_path, keys[0]).unlink()
         chunk_file(tmp_path, keys[2]).unlink()
         assert cache.lookup(keys).tiers == (0, 1, 0)
@@ -189,12 +190,14 @@ def test_a_chunk_that_is_written_while_a_lookup_runs_is_found(
         cache.store(namespace, keys[:2], gather)
         real, written = DiskBackend.contains, threading.Event()
 
-        def contains(self: DiskBackend, asked: Sequence[ChunkKey], timeout: float) -> list[bool]:
+        def contains(
+            self: DiskBackend, asked: Sequence[ChunkKey], transfer: Transfer
+        ) -> list[bool]:
             if list(asked) == keys[2:]:
                 stalled.off()
                 if cache.flush(10):
                     written.set()
-            return real(self, asked, timeout)
+            return real(self, asked, transfer)
 
         monkeypatch.setattr(DiskBackend, "contains", contains)
         assert cache.lookup(keys).chunks == 2
@@ -473,7 +476,7 @@ def test_a_first_load_finds_its_memory_ready(
     pool = HostBuffers()
     monkeypatch.setattr("lmcache_core.io.memory._map", counting)
     monkeypatch.setattr("lmcache_core.engine.engine.HOST", pool)
-    monkeypatch.setattr("lmcache_core.engine.tier.HOST", pool)
+    monkeypatch.setattr("lmcache_core.io.transfer.HOST", pool)
     with opened(memory("64MiB")) as cache:
         cache.warm([wide])
         assert mapped == []
@@ -515,7 +518,7 @@ def test_a_store_that_hangs_costs_one_deadline_and_comes_back(
         before = stalled.calls
         assert cache.lookup(keys).chunks == 0  # bypassed: nothing is asked, nothing waits
         assert missed(cache) == {"deadline": 4, "bypassed": 4}
-        assert stalled.calls == before or cache._tiers[0]._reads.is_open
+        assert stalled.calls == before or cache._tiers[0]._reads.bypassed
         stalled.off()
         assert eventually(lambda: loaded(cache, keys, is_right) == 4)
         assert not cache.bypassed(0)

@@ -12,6 +12,8 @@ import lmcache_core
 from lmcache_core import Namespace, Tensors
 from lmcache_core.engine import load_gate as pays
 from lmcache_core.engine.load_gate import LOADS, PAUSE_SECONDS, PREFILL, LoadGate
+from lmcache_core.io import clock as clocks
+from lmcache_core.io.breaker import State
 
 SPEED = 1000.0
 """Tokens that are computed in a second."""
@@ -27,7 +29,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(pays, "time", SimpleNamespace(monotonic=clock.monotonic))
+    for module in (pays, clocks):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic))
     return clock
 
 
@@ -102,7 +105,7 @@ def test_a_tier_comes_back_each_time_after_a_longer_while(clock: Clock) -> None:
         assert books.allows(0)
         pause = min(2 * pause, longest)
     load(books, *[0.01] * LOADS, tier=0)
-    assert heard == [(0, "open")] * (len(heard) - 1) + [(0, "closed")]
+    assert heard == [(0, State.BYPASSED)] * (len(heard) - 1) + [(0, State.IN_USE)]
     load(books, *[0.5] * LOADS, tier=0)
     assert not books.allows(0)
     clock.now += PAUSE_SECONDS[0]

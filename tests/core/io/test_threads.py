@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from lmcache_core import DaemonPool, run_threads_on, start_thread
+from lmcache_core.backend import Transfer
 
 
 @pytest.fixture
@@ -38,11 +39,11 @@ def test_a_thread_of_ours_is_a_named_daemon() -> None:
 
 def test_threads_run_where_they_are_told_to(bound: set[int]) -> None:
     workers = DaemonPool("t", 2)
-    assert workers.call(where, 5.0) == {min(bound)}
+    assert workers.call(where, Transfer(5.0)) == {min(bound)}
     workers.close()
     run_threads_on(bound)
     workers = DaemonPool("t", 2)
-    assert workers.call(where, 5.0) == bound
+    assert workers.call(where, Transfer(5.0)) == bound
     assert where() == {min(bound)}  # whoever starts them stays
     workers.close()
 
@@ -50,5 +51,5 @@ def test_threads_run_where_they_are_told_to(bound: set[int]) -> None:
 def test_cores_that_are_gone_stop_nothing(bound: set[int]) -> None:
     run_threads_on({max(bound) + 1000})
     workers = DaemonPool("t", 1)
-    assert workers.call(where, 5.0) == {min(bound)}
+    assert workers.call(where, Transfer(5.0)) == {min(bound)}
     workers.close()

@@ -15,6 +15,7 @@ import pytest
 
 from lmcache_backends.shm.__main__ import main as shm
 from lmcache_backends.shm.backend import ShmBackend, ShmOptions
+from lmcache_core.backend import Transfer
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.processes import PATIENCE, environment, run, said
 from tests.e2e.vllm.test_connector import answers, prompt
@@ -113,6 +114,6 @@ def chunks(pool: dict[str, Any]) -> Counter[bytes]:
     """How many a pool has of each namespace."""
     backend = ShmBackend(ShmOptions(pool=pool["pool"], capacity=pool["capacity"]))
     try:
-        return Counter(stored.key.namespace for stored in backend.scan())
+        return Counter(stored.key.namespace for stored in backend.scan(Transfer(10.0)))
     finally:
         backend.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lmcache_core.engine.breaker import FAILURES, Breaker
+from lmcache_core.io.breaker import FAILURES, Breaker, State
 from tests.threads import no_more_threads
 
 
@@ -18,14 +18,14 @@ class Store:
     def __init__(self) -> None:
         self.works = False
         self.probes = 0
-        self.news: list[tuple[str, str]] = []
+        self.news: list[tuple[State, str]] = []
 
     def ping(self) -> None:
         self.probes += 1
         if not self.works:
             raise OSError("down")
 
-    def changed(self, state: str, cause: str) -> None:
+    def changed(self, state: State, cause: str) -> None:
         self.news.append((state, cause))
 
 
@@ -52,26 +52,26 @@ def test_some_failures_in_a_row_open_it(breaker: Breaker, store: Store) -> None:
     breaker.succeeded()
     for _ in range(FAILURES - 1):
         breaker.failed("x", at_once=False)
-    assert not breaker.is_open
+    assert not breaker.bypassed
     breaker.failed("the last", at_once=False)
-    assert breaker.is_open
-    assert store.news == [("open", "the last")]
+    assert breaker.bypassed
+    assert store.news == [(State.BYPASSED, "the last")]
     breaker.close()
 
 
 def test_one_missed_deadline_opens_it(breaker: Breaker) -> None:
     breaker.failed("late", at_once=True)
-    assert breaker.is_open
+    assert breaker.bypassed
     breaker.close()
 
 
 def test_it_closes_by_itself_when_the_store_answers(breaker: Breaker, store: Store) -> None:
     breaker.failed("late", at_once=True)
     assert eventually(lambda: store.probes >= 2)
-    assert breaker.is_open
+    assert breaker.bypassed
     store.works = True
-    assert eventually(lambda: not breaker.is_open)
-    assert eventually(lambda: [state for state, _ in store.news] == ["open", "closed"])
+    assert eventually(lambda: not breaker.bypassed)
+    assert eventually(lambda: [state for state, _ in store.news] == [State.BYPASSED, State.IN_USE])
 
 
 def test_many_failures_at_once_start_one_probe(breaker: Breaker, store: Store) -> None:
@@ -93,10 +93,10 @@ def test_it_does_not_stay_open_where_no_thread_can_be_had_to_probe(
 ) -> None:
     with no_more_threads():
         breaker.failed("late", at_once=True)
-    assert not breaker.is_open
-    assert [state for state, _ in store.news] == ["open", "closed"]
+    assert not breaker.bypassed
+    assert [state for state, _ in store.news] == [State.BYPASSED, State.IN_USE]
     breaker.failed("late", at_once=True)
-    assert breaker.is_open
+    assert breaker.bypassed
     breaker.close()
 
 
@@ -105,5 +105,5 @@ def test_once_closed_down_it_stays_open_and_probes_no_more(breaker: Breaker, sto
     breaker.close()
     store.works = True
     assert eventually(lambda: not any(t.name == "t-probe" for t in threading.enumerate()))
-    assert breaker.is_open
-    assert [state for state, _ in store.news] == ["open"]
+    assert breaker.bypassed
+    assert [state for state, _ in store.news] == [State.BYPASSED]

@@ -1,4 +1,4 @@
-"""Wire: a socket with deadlines, whatever pieces the network makes of what was sent."""
+"""Connection: a socket with the clock of a call, whatever pieces the network makes of what was sent."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_backends._net.connection import SLOWEST, Pool, Wire
+from lmcache_backends._net.connection import Connection, Pool
 from lmcache_backends._net.options import Address
 from lmcache_core import StorageError
+from lmcache_core.backend import Transfer
+from lmcache_core.io.transfer import SLOWEST
 from tests.certificates import Authority
 from tests.servers import eventually
 
@@ -39,13 +41,13 @@ class Counting(socket.socket):
 
 
 @contextlib.contextmanager
-def pair(kind: str = "tcp", timeout: float = 5.0) -> Iterator[tuple[Wire, socket.socket]]:
-    """A wire and the other end of it."""
+def pair(kind: str = "tcp", timeout: float = 5.0) -> Iterator[tuple[Connection, socket.socket]]:
+    """A connection and the other end of it."""
     ours, theirs = socket.socketpair() if kind == "unix" else connected()
     with Counting(fileno=ours.detach()) as counting, theirs:
-        wire = Wire(counting, ADDRESS)
-        wire.begin(timeout)
-        yield wire, theirs
+        connection = Connection(counting, ADDRESS)
+        connection.use(Transfer(timeout), timeout)
+        yield connection, theirs
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
@@ -81,26 +83,26 @@ def test_lines_and_values_come_back_however_they_are_cut(
     kind: str, items: list[str | bytes], cuts: list[int]
 ) -> None:
     data = b"".join(i if isinstance(i, bytes) else i.encode() + b"\r\n" for i in items)
-    with pair(kind) as (wire, theirs), sending(theirs, data, cuts):
+    with pair(kind) as (connection, theirs), sending(theirs, data, cuts):
         for item in items:
             if isinstance(item, str):
-                assert wire.line() == item.encode()
+                assert connection.line() == item.encode()
             else:
                 target = memoryview(bytearray(len(item)))
-                wire.read_into(target)
+                connection.read_into(target)
                 assert target == item
-        assert wire.is_quiet()
+        assert connection.is_quiet()
 
 
 @given(st.lists(PIECE, max_size=2000))
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_are_sent_in_order(kind: str, parts: list[bytes]) -> None:
     data = b"".join(parts)
-    with pair(kind) as (wire, theirs):
+    with pair(kind) as (connection, theirs):
         got = bytearray(len(data))
         reader = threading.Thread(target=read_all, args=(theirs, got))
         reader.start()
-        wire.send([memoryview(part) for part in parts])
+        connection.send([memoryview(part) for part in parts])
         reader.join()
         assert got == data
 
@@ -112,42 +114,46 @@ def read_all(sock: socket.socket, into: bytearray) -> None:
 
 
 def test_a_line_without_an_end_is_an_error() -> None:
-    with pair() as (wire, theirs):
+    with pair() as (connection, theirs):
         theirs.sendall(b"x" * 20_000)
         with pytest.raises(StorageError, match="protocol"):
-            wire.line()
+            connection.line()
 
 
 def test_another_text_than_expected_is_an_error() -> None:
-    with pair() as (wire, theirs):
+    with pair() as (connection, theirs):
         theirs.sendall(b"\r\nxy")
-        wire.expect(b"\r\n")
+        connection.expect(b"\r\n")
         with pytest.raises(StorageError, match="protocol"):
-            wire.expect(b"\r\n")
+            connection.expect(b"\r\n")
 
 
 def test_the_end_of_the_connection_is_an_error() -> None:
-    with pair() as (wire, theirs):
+    with pair() as (connection, theirs):
         theirs.sendall(b"half a li")
         theirs.close()
         with pytest.raises(StorageError, match="closed"):
-            wire.line()
-        assert not wire.is_quiet()
+            connection.line()
+        assert not connection.is_quiet()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_silence_and_a_full_pipe_cost_the_patience_and_no_more(kind: str) -> None:
-    with pair(kind, 0.1) as (wire, _):
+    with pair(kind, 0.1) as (connection, _):
         small, large = memoryview(bytearray(4)), memoryview(bytearray(1 << 20))
-        for step in (wire.line, lambda: wire.read_into(small), lambda: wire.read_into(large)):
-            wire.begin(0.1)
+        for step in (
+            connection.line,
+            lambda: connection.read_into(small),
+            lambda: connection.read_into(large),
+        ):
+            connection.use(Transfer(0.1), 0.1)
             began = time.monotonic()
             with pytest.raises(TimeoutError, match="no answer"):
                 step()
-            assert 0.09 < time.monotonic() - began < 1.0
-        wire.begin(0.1)
+            assert 0.09 < time.monotonic() - began < 0.3
+        connection.use(Transfer(0.1), 0.1)
         with pytest.raises(TimeoutError, match="no answer"):
-            wire.send([bytes(64 << 20)])
+            connection.send([bytes(64 << 20)])
 
 
 def steady(sock: socket.socket, portion: bytes, pause: float, count: int) -> None:
@@ -160,7 +166,7 @@ def steady(sock: socket.socket, portion: bytes, pause: float, count: int) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trickle_is_no_progress(kind: str) -> None:
     """A byte in a while keeps no call alive; SLOWEST bytes a second do."""
-    with pair(kind) as (wire, theirs):
+    with pair(kind) as (connection, theirs):
         stop = threading.Event()
 
         def trickle() -> None:
@@ -169,123 +175,42 @@ def test_a_trickle_is_no_progress(kind: str) -> None:
 
         thread = threading.Thread(target=trickle)
         thread.start()
-        wire.begin(0.2)
+        connection.use(Transfer(0.2), 0.2)
         with pytest.raises(TimeoutError):
-            wire.read_into(memoryview(bytearray(1 << 20)))
+            connection.read_into(memoryview(bytearray(1 << 20)))
         stop.set()
         thread.join()
     for portion, pause in ((bytes(SLOWEST // 10), 0.05), (bytes(SLOWEST // 100), 0.005)):
         count = SLOWEST * 4 // 5 // len(portion)
-        with pair(kind) as (wire, theirs):
+        with pair(kind) as (connection, theirs):
             thread = threading.Thread(target=steady, args=(theirs, portion, pause, count))
             thread.start()
-            wire.begin(0.2)  # less than it takes in all
-            wire.read_into(memoryview(bytearray(len(portion) * count)))
+            connection.use(Transfer(0.2), 0.2)  # less than it takes in all
+            connection.read_into(memoryview(bytearray(len(portion) * count)))
             thread.join()
-
-
-@pytest.mark.parametrize("users", [1, 8])
-def test_connections_in_use_share_the_rate_that_counts_as_stuck(users: int) -> None:
-    """A third of SLOWEST is enough for one of eight, and not for one alone."""
-    portion, count = bytes(SLOWEST // 300), 80
-    with pair() as (wire, theirs), contextlib.ExitStack() as stack:
-        wire.users = set(range(users))
-        thread = threading.Thread(target=steady, args=(theirs, portion, 0.01, count))
-        thread.start()
-        stack.callback(thread.join)
-        stack.callback(wire.close)
-        wire.begin(0.2)
-        if users == 1:
-            stack.enter_context(pytest.raises(TimeoutError))
-        wire.read_into(memoryview(bytearray(len(portion) * count)))
-
-
-def test_a_pool_counts_the_connections_in_use_and_tells_of_what_comes() -> None:
-    with contextlib.ExitStack() as stack:
-        ends: list[socket.socket] = []
-
-        def dial(address: Address, timeout: float) -> Wire:
-            wire, theirs = stack.enter_context(pair())
-            ends.append(theirs)
-            return wire
-
-        pool = Pool(dial)
-        progress: list[int] = []
-        pool.on_progress = lambda: progress.append(1)
-        first, second, third = (pool.take(ADDRESS, 1.0) for _ in range(3))
-        assert len(first.users) == len(second.users) == 3
-        pool.give(second)
-        assert len(first.users) == 2
-        assert pool.take(ADDRESS, 1.0) is second
-        assert len(first.users) == 3
-        pool.give(third)
-        pool.distrust(ADDRESS)
-        pool.close()
-        pool.give(second)  # closes it
-        assert len(first.users) == 1
-        ends[0].sendall(b"line\r\n")
-        assert first.line() == b"line"
-        assert progress == [1]
-
-
-def test_a_value_that_begins_late_has_the_time_that_its_bytes_take() -> None:
-    """What was left of the patience is less."""
-    with pair() as (wire, theirs):
-        nbytes = SLOWEST // 8
-
-        def late() -> None:
-            time.sleep(0.02)
-            theirs.sendall(bytes(nbytes))
-
-        theirs.sendall(b"$\r\n")
-        wire.begin(5.0)
-        wire.line()
-        wire._deadline = time.monotonic() + 0.005
-        thread = threading.Thread(target=late)
-        thread.start()
-        wire.read_into(memoryview(bytearray(nbytes)))
-        thread.join()
-
-
-def test_a_value_that_goes_on_after_a_pause_is_not_given_up() -> None:
-    """At the end of the patience less than was waited for is there: it moves all the same."""
-    with pair() as (wire, theirs):
-        nbytes = SLOWEST // 8
-
-        def late() -> None:
-            time.sleep(0.1)
-            theirs.sendall(bytes(nbytes - 1000))
-            time.sleep(0.32)
-            theirs.sendall(bytes(1000))
-
-        wire.begin(0.4)
-        thread = threading.Thread(target=late)
-        thread.start()
-        wire.read_into(memoryview(bytearray(nbytes)))
-        thread.join()
 
 
 def test_a_value_that_comes_in_many_packets_wakes_its_reader_a_few_times() -> None:
     """Each time costs a turn at a core, and one at the interpreter."""
     portion, count = random.Random(3).randbytes(64 << 10), 64
-    with pair() as (wire, theirs):
+    with pair() as (connection, theirs):
         thread = threading.Thread(target=steady, args=(theirs, portion, 0.001, count))
         thread.start()
         target = memoryview(bytearray(len(portion) * count))
         Counting.reads = 0
-        wire.read_into(target)
-        assert Counting.reads <= 4
+        connection.read_into(target)
+        assert Counting.reads <= 20
         assert target == portion * count
         thread.join()
-        assert wire.is_quiet()
+        assert connection.is_quiet()
         theirs.sendall(b"+")  # a single byte is noticed again
-        eventually(lambda: not wire.is_quiet())
+        eventually(lambda: not connection.is_quiet())
 
 
 @pytest.mark.parametrize(("kind", "reset"), [("unix", False), ("tcp", False), ("tcp", True)])
 def test_a_value_that_is_cut_is_an_error_at_once(kind: str, reset: bool) -> None:
     """However few bytes of it have come; not after the patience."""
-    with pair(kind, 20.0) as (wire, theirs):
+    with pair(kind, 20.0) as (connection, theirs):
         theirs.sendall(bytes(1000))
         if reset:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -293,20 +218,20 @@ def test_a_value_that_is_cut_is_an_error_at_once(kind: str, reset: bool) -> None
         closing.start()
         began = time.monotonic()
         with pytest.raises((StorageError, ConnectionError)):
-            wire.read_into(memoryview(bytearray(8 << 20)))
+            connection.read_into(memoryview(bytearray(8 << 20)))
         assert time.monotonic() - began < 10.0
         closing.join()
 
 
 def test_what_nobody_asked_for_is_noticed() -> None:
-    with pair() as (wire, theirs):
-        assert wire.is_quiet()
+    with pair() as (connection, theirs):
+        assert connection.is_quiet()
         theirs.sendall(b"+OK\r\n+OK\r\n")
-        assert not wire.is_quiet()
-        wire.line()
-        assert not wire.is_quiet()  # the rest is in the buffer
-        wire.line()
-        assert wire.is_quiet()
+        assert not connection.is_quiet()
+        connection.line()
+        assert not connection.is_quiet()  # the rest is in the buffer
+        connection.line()
+        assert connection.is_quiet()
 
 
 def test_tls_sends_and_receives_the_same(tmp_path: Path) -> None:
@@ -331,11 +256,61 @@ def test_tls_sends_and_receives_the_same(tmp_path: Path) -> None:
     thread.start()
     client_context = ssl.create_default_context(cafile=str(authority.ca))
     with client_context.wrap_socket(ours, server_hostname="localhost") as sock:
-        wire = Wire(sock, ADDRESS)
-        wire.begin(10.0)
-        wire.send(parts)
+        connection = Connection(sock, ADDRESS)
+        connection.use(Transfer(10.0), 10.0)
+        connection.send(parts)
         back = memoryview(bytearray(len(data)))
-        wire.read_into(back)
+        connection.read_into(back)
     thread.join()
     assert received == data
     assert back == data
+
+
+def test_silence_in_the_middle_of_a_value_counts_from_its_last_byte() -> None:
+    """Though the system wakes nobody for so few bytes."""
+    with pair(timeout=0.4) as (connection, theirs):
+        sender = threading.Timer(0.1, theirs.sendall, [bytes(300_000)])
+        sender.start()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="no answer"):
+            connection.read_into(memoryview(bytearray(4 << 20)))
+        assert 0.35 < time.monotonic() - began < 0.6
+        sender.join()
+
+
+def test_a_silent_connection_ends_though_the_call_goes_on_elsewhere() -> None:
+    transfer = Transfer(0.3)
+    with pair() as (connection, _):
+        connection.use(transfer, 0.3)
+        stop = threading.Event()
+
+        def elsewhere() -> None:
+            while not stop.wait(0.02):
+                transfer.moved(SLOWEST)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="no answer"):
+            connection.line()
+        assert time.monotonic() - began < 0.6
+        stop.set()
+        thread.join()
+
+
+def test_a_pool_keeps_what_is_given_back_and_closes_it_in_the_end() -> None:
+    with contextlib.ExitStack() as stack:
+        made: list[Connection] = []
+
+        def dial(address: Address, transfer: Transfer) -> Connection:
+            made.append(stack.enter_context(pair())[0])
+            return made[-1]
+
+        pool = Pool(dial)
+        first, second = (pool.take(ADDRESS, Transfer(1.0)) for _ in range(2))
+        pool.give(second)
+        assert pool.take(ADDRESS, Transfer(1.0)) is second
+        pool.close()
+        pool.give(second)  # closes it
+        assert repr(second).startswith("<Connection here:1: closed")
+        assert made == [first, second]
