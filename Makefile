@@ -2,6 +2,7 @@
 # make test   everything that can be checked here, from nothing
 # make bench  the figures in README.md
 # make bench-remote  load, store and lookup of network backends: docs/backends.md
+# make bench-policy  hits of the eviction policies on TRACES: docs/policies.md
 # make bench-serde   what each serde saves and costs: docs/serdes.md
 # make bench-shm     the shared-memory tier beside its limits: docs/shm.md
 # make bench-vllm    time to first token of real vLLM, beside its own prefix cache: docs/vllm.md
@@ -21,7 +22,7 @@ PYTEST_ARGS ?=
 PIP := python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test setup python bench bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
+.PHONY: demo test setup python bench bench-policy bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -43,6 +44,9 @@ bench: $(READY)
 bench-remote: $(READY)
 	sh .ci/servers
 	$(BIN)/python benchmarks/bench_remote.py --write
+
+bench-policy: $(READY)
+	$(BIN)/python benchmarks/bench_policy.py $(TRACES) --write
 
 # Beside ZipNN and blosc2 where they are installed: pip install zipnn blosc2
 bench-serde: $(READY)

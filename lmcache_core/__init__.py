@@ -43,7 +43,8 @@ from lmcache_core.plugins.log import LOG
 from lmcache_core.plugins.options import Options
 from lmcache_core.plugins.registry import component, known
 from lmcache_core.plugins.units import Duration, Size
-from lmcache_core.policy.eviction import LRU, EvictionPolicy
+from lmcache_core.policy.eviction import EvictionPolicy
+from lmcache_core.policy.lru import LRU
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 
 __all__ = [

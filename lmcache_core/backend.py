@@ -21,7 +21,10 @@ from lmcache_core.plugins.options import Options
 from lmcache_core.plugins.registry import component
 from lmcache_core.plugins.secrets import masked
 from lmcache_core.plugins.units import Duration, LocalPath, Size, unquoted
-from lmcache_core.policy.eviction import LRU, EvictionPolicy
+from lmcache_core.policy.eviction import EvictionPolicy
+from lmcache_core.policy.index import Index
+from lmcache_core.policy.lru import LRU
+from lmcache_core.policy.named import Tenants, eviction_policy
 
 __all__ = [
     "LOG",
@@ -35,6 +38,7 @@ __all__ = [
     "DeadlineExceeded",
     "Duration",
     "EvictionPolicy",
+    "Index",
     "LocalPath",
     "Options",
     "Refused",
@@ -45,9 +49,11 @@ __all__ = [
     "Stored",
     "SupportsReserve",
     "SupportsScan",
+    "Tenants",
     "Transfer",
     "component",
     "concat",
+    "eviction_policy",
     "file_system_bytes",
     "host_register",
     "masked",
@@ -145,8 +151,14 @@ class StorageBackend(ABC):
     def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         """Remove frames; absent keys are fine."""
 
+    def used(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        """A load took the sequence `keys` (root first): evict it late, its leaves before its root.
+        Where nothing is made of the difference, as `touch`."""
+        self.touch(keys, transfer)
+
     def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:  # noqa: B027
-        """The sequence `keys` (root first) was used: evict it late, its leaves before its root."""
+        """A store passed along the sequence `keys` (root first), of which some may not be there:
+        evict it late, its leaves before its root."""
 
     def ping(self, transfer: Transfer) -> None:
         """Raise unless the store works: do what reads do. Called when the tier is opened, and

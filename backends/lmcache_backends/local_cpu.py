@@ -8,23 +8,26 @@ from collections.abc import Iterator, Sequence
 from lmcache_core.backend import (
     Buffers,
     ChunkKey,
-    EvictionPolicy,
+    Index,
     Options,
     Size,
     StorageBackend,
     Stored,
+    Tenants,
     Transfer,
-    component,
+    eviction_policy,
     memory_bytes,
     nbytes_of,
 )
 
 
 class LocalCpuOptions(Options):
-    """`capacity`: bytes of frames to keep. `eviction`: the policy's name."""
+    """`capacity`: bytes of frames to keep. `eviction`: the policy's name. `tenants`: whether they
+    share the room as it comes, or each has a right to an equal part of it."""
 
     capacity: Size
-    eviction: str = "lru"
+    eviction: str = "auto"
+    tenants: Tenants = "shared"
 
     def medium_bytes(self) -> int:
         """Of this host's memory."""
@@ -39,22 +42,21 @@ class LocalCpuBackend(StorageBackend):
     in_memory = True
 
     def __init__(self, options: LocalCpuOptions) -> None:
-        self._capacity = options.capacity
-        self._frames: EvictionPolicy[Buffers] = component("eviction", options.eviction)()
-        self._used = 0
+        policy = eviction_policy(options.eviction, options.capacity, options.tenants)
+        self._index: Index[Buffers] = Index(options.capacity, policy)
         self._lock = threading.RLock()  # a forgotten load may be collected while it is held
 
     def __repr__(self) -> str:
-        return f"<LocalCpuBackend: {self._used} of {self._capacity} bytes>"
+        return f"<LocalCpuBackend: {self._index!r}>"
 
     def contains(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
         with self._lock:
-            return [self._frames.get(key) is not None for key in keys]
+            return [key in self._index for key in keys]
 
     def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         for i, key in enumerate(keys):
             with self._lock:
-                parts = self._frames.get(key)
+                parts = self._index.policy.get(key)
             if parts is not None:
                 yield i, parts
             del parts
@@ -65,56 +67,36 @@ class LocalCpuBackend(StorageBackend):
         prefix: Sequence[ChunkKey],
         transfer: Transfer,
     ) -> int:
+        index, evicted = self._index, transfer.evicted
         stored = 0
         with self._lock:
             for key, parts in frames:
-                if self._frames.get(key) is None:
-                    nbytes = nbytes_of(parts)
-                    if not self._make_room(nbytes, prefix, transfer):
-                        break
-                    self._frames.add(key, tuple(parts))
-                    self._used += nbytes
+                nbytes = nbytes_of(parts)
+                if key not in index and not index.add(prefix, key, tuple(parts), nbytes, evicted):
+                    break
                 stored += 1
         return stored
 
     def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         with self._lock:
             for key in keys:
-                self._remove(key)
+                self._index.policy.remove(key)
 
     def scan(self, transfer: Transfer) -> Iterator[Stored]:
         with self._lock:
-            found = [(key, self._frames.get(key)) for key in self._frames]
-        yield from (Stored(key, nbytes_of(parts)) for key, parts in found if parts is not None)
+            policy = self._index.policy
+            found = [(key, policy.get(key) or ()) for key in policy]
+        yield from (Stored(key, nbytes_of(parts)) for key, parts in found)
+
+    def used(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
+        with self._lock:
+            self._index.policy.used(keys)
 
     def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         with self._lock:
-            self._frames.touch(keys)
+            self._index.policy.touched(keys)
 
     def close(self) -> None:
         with self._lock:
-            for key in list(self._frames):
-                self._remove(key)
-
-    def _make_room(self, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer) -> bool:
-        """Evict until `nbytes` fit; False, with nothing more evicted than needed, if they can't."""
-        if nbytes > self._capacity:
-            return False
-        keep: frozenset[ChunkKey] | None = None
-        while self._used + nbytes > self._capacity:
-            keep = frozenset(prefix) if keep is None else keep
-            victim = self._frames.victim(keep)
-            if victim is None:
-                return False
-            self._remove(victim)
-            transfer.evicted.append(victim)
-        return True
-
-    def _remove(self, key: ChunkKey) -> None:
-        parts = self._frames.remove(key)
-        if parts is not None:
-            self._used -= nbytes_of(parts)
-
-
-def _size(parts: Buffers) -> int:
-    return sum(part.nbytes for part in parts)
+            for key in list(self._index.policy):
+                self._index.policy.remove(key)

@@ -212,7 +212,7 @@ class CacheEngine:
             loaded.tell(Tier.tell_loaded)
             stored.tell(Tier.tell_stored)
             for tier in self._tiers if done > start else ():
-                tier.touch(keys[:done])
+                tier.used(keys[:done])
 
     def _stream(
         self, keys: Sequence[ChunkKey], where: Sequence[int], start: int, loaded: _Tally

@@ -361,8 +361,13 @@ class Tier:
             self._writer.missing(keys)
             self._drop(keys, reason)
 
+    def used(self, keys: tuple[ChunkKey, ...]) -> None:
+        """A load took the sequence."""
+        if not self._writer.behind:
+            self._soon("touch", lambda transfer: self._backend.used(keys, transfer))
+
     def touch(self, keys: tuple[ChunkKey, ...]) -> None:
-        """The sequence was used."""
+        """A store passed along the sequence."""
         if not self._writer.behind:
             self._soon("touch", lambda transfer: self._backend.touch(keys, transfer))
 

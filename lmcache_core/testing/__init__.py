@@ -19,6 +19,7 @@ Needs pytest and hypothesis, which lmcache_core itself does not.
 from lmcache_core.testing.backend import SMALL, BackendConformance, RawAccess
 from lmcache_core.testing.chunks import layouts, make_chunk, random_tensors, tiny_layout
 from lmcache_core.testing.connector import Answer, ConnectorConformance, Engine, Serve
+from lmcache_core.testing.eviction import EvictionConformance
 from lmcache_core.testing.leaks import no_leaks
 from lmcache_core.testing.serde import SerdeConformance
 
@@ -28,6 +29,7 @@ __all__ = [
     "BackendConformance",
     "ConnectorConformance",
     "Engine",
+    "EvictionConformance",
     "RawAccess",
     "SerdeConformance",
     "Serve",
