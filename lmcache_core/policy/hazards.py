@@ -21,6 +21,8 @@ from lmcache_core.policy.lists import AGES, age_bucket
 
 _SAMPLE = 8192
 """Episodes that are followed at a time."""
+_FINEST = 16
+"""One key in 2^16 is the least to be followed: for 33 million chunks."""
 _LENGTHS = 16
 """Times the store's content for which an episode is followed."""
 _HALF_LIFE = 1 << 16
@@ -104,7 +106,7 @@ class Hazards:
 
     def _begin(self, key: bytes, kind: int, now: int) -> None:
         self._held[key] = now << _BITS | kind
-        if len(self._held) > _SAMPLE:
+        if len(self._held) > _SAMPLE and self._shift < _FINEST:
             self._halve()
         self._trim()
         if len(self._past) > (_LENGTHS - 1) * self._stored + 64:
@@ -169,7 +171,7 @@ class Hazards:
 
     def _resize(self, stored: Collection[bytes]) -> None:
         """Follow as many keys as `_SAMPLE` episodes allow, and know how many of them are stored."""
-        while _LENGTHS * len(stored) >> self._shift > _SAMPLE:
+        while _LENGTHS * len(stored) >> self._shift > _SAMPLE and self._shift < _FINEST:
             self._halve()
         if not self._counted:
             self._stored = sum(map(self.sampled, stored))

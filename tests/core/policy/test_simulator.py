@@ -63,9 +63,7 @@ def _frame_bytes(layout: lmcache_core.KVLayout) -> int:
     """Bytes of one chunk's frame in memory."""
     tier = {"backend": "local_cpu", "capacity": "1MiB"}
     with lmcache_core.open({"chunk_size": CHUNK, "tiers": [tier]}) as cache:
-        namespace = cache.namespace(model="m", layout=layout)
-        cache.store(namespace, cache.keys(namespace, range(CHUNK)), lambda index, out: None)
-        return int(cache._tiers[0]._backend._index.policy.nbytes)
+        return cache._tiers[0].raw_bytes(cache.namespace(model="m", layout=layout), CHUNK)
 
 
 def test_a_curve_falls_nowhere_for_lru() -> None:
