@@ -140,9 +140,10 @@ class StorageBackend(ABC):
         """Store frames in order; return how many of them, from the first, are now there.
 
         Fewer than all means full: the rest is dropped, so that no hole appears. A frame that is
-        there already counts as stored and is not written again. `prefix` is the whole sequence up
-        to the last frame, root first: making room must not evict it, and what is evicted is added
-        to `transfer.evicted`. The tier touches the sequence when all of it is stored.
+        there already counts as stored and is not written again. `prefix` is the sequence that they
+        are part of, root first, up to the last of them at least: making room must not evict it, and
+        what is evicted is added to `transfer.evicted`. Where a store is in memory it is the whole
+        sequence, of which more may follow. The tier touches the sequence when all of it is stored.
         A frame becomes visible whole or not at all, whatever dies when. The buffers never change
         afterwards, so memory may keep them instead of copying.
         """

@@ -34,7 +34,7 @@ class Index(Generic[V]):
         key: ChunkKey,
         value: V,
         nbytes: int,
-        evicted: list[ChunkKey],
+        evicted: list[bytes],
     ) -> bool:
         """Store a chunk of a sequence; False where there is no room for it beside the rest of
         that. What has to leave for it is added to `evicted`.

@@ -85,12 +85,12 @@ def test_tenants_with_equal_rights_keep_theirs_beside_a_greedy_one() -> None:
     options = LocalCpuOptions(capacity=1000, tenants="equal")
     backend = LocalCpuBackend(options)
     modest = [ChunkKey(b"modest".ljust(16) + bytes([n]) * 16) for n in range(5)]
-    backend.put([(each, [memoryview(bytes(10))]) for each in modest], modest, 1.0)
+    backend.put([(each, [memoryview(bytes(10))]) for each in modest], modest, Transfer(1.0))
     for number in range(1000):
         greedy = ChunkKey(b"greedy".ljust(16) + number.to_bytes(16, "little"))
-        backend.put([(greedy, [memoryview(bytes(10))])], [greedy], 1.0)
-    assert all(backend.contains(modest, 1.0))
-    assert sum(stored.nbytes for stored in backend.scan()) == 1000
+        backend.put([(greedy, [memoryview(bytes(10))])], [greedy], Transfer(1.0))
+    assert all(backend.contains(modest, Transfer(1.0)))
+    assert sum(stored.nbytes for stored in backend.scan(Transfer(1.0))) == 1000
 
 
 def test_a_closed_backend_holds_no_memory() -> None:

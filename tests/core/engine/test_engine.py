@@ -302,7 +302,7 @@ def test_a_load_larger_than_memory_streams_through(
         assert loaded(cache, keys, is_right) == 40
 
 
-def test_what_memory_keeps_of_a_sequence_is_a_prefix(
+def test_what_memory_keeps_of_a_sequence_that_is_too_large_is_its_beginning(
     namespace: Namespace, gather: Gather, is_right: IsRight
 ) -> None:
     with opened(memory(8 * FRAME_BYTES)) as cache:
@@ -311,9 +311,9 @@ def test_what_memory_keeps_of_a_sequence_is_a_prefix(
         stored = cache.store(namespace, new, gather)
         assert 0 < stored < 40
         assert loaded(cache, new, is_right) == stored
-        assert loaded(cache, old, is_right) == 0
+        assert loaded(cache, old, is_right) == 5  # it would not fit without them, either
         assert dropped(cache) == {"full": 40 - stored}
-        assert cache.stats()["evicted", "local_cpu"] == 5
+        assert ("evicted", "local_cpu") not in cache.stats()
 
 
 def test_leaves_leave_before_roots(namespace: Namespace, gather: Gather, is_right: IsRight) -> None:
