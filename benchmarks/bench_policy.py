@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import lmcache_core
-from lmcache_core import ChunkKey, KVLayout, LayerGroup, known
+from lmcache_core import ChunkKey, KVLayout, LayerGroup, known, unverified
 from lmcache_core.policy import traces
 from lmcache_core.policy.named import eviction_policy
 from lmcache_core.policy.simulator import Simulator
@@ -112,9 +112,11 @@ def frame_bytes(layout: KVLayout) -> int:
         middle = (low + high) // 2
         config = {"chunk_size": 1, "tiers": [tier | {"capacity": middle}]}
         with lmcache_core.open(config) as cache:
-            namespace = cache.namespace(model="m", layout=layout)
+            namespace = cache.namespace(model="m", layout=layout, weights=unverified("test"))
             keys = cache.keys(namespace, [1])
-            stored = cache.store(namespace, keys, lambda index, out: None)
+            stored = cache.store(
+                namespace, keys, lambda index, out: [t.zero_() for t in out.values()]
+            )
         low, high = (low, middle) if stored else (middle + 1, high)
     return low
 
@@ -133,11 +135,11 @@ def compare(trace: Trace, policy: str) -> None:
         simulator = Simulator(capacity, eviction_policy(policy, capacity), frame)
         differ = 0
         with lmcache_core.open({"chunk_size": 1, "tiers": [tier]}) as cache:
-            namespace = cache.namespace(model="m", layout=layout)
+            namespace = cache.namespace(model="m", layout=layout, weights=unverified("test"))
             for sequence in trace:
                 keys = namespace.keys_from_hashes(sequence)
                 hits = sum(1 for _ in cache.load(cache.lookup(keys)))
-                cache.store(namespace, keys, lambda index, out: None)
+                cache.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
                 differ += simulator.request(keys) != hits
         rate = 100 * simulator.outcome.hit_rate
         print(f"{policy} at {part:.0%}: {differ} of {len(trace)} requests differ ({rate:.2f} %)")

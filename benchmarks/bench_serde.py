@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache
 
-from lmcache_core import Chunk, DaemonPool, KVLayout, LayerGroup, Namespace, component
+from lmcache_core import Chunk, DaemonPool, KVLayout, LayerGroup, Namespace, component, unverified
 from lmcache_core.engine.tier import ENCODERS
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import smollm2
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = unverified("smollm2")
 
 TOKENS, CHUNK, PREFIX = 2048, 256, 1024
 Step = str | tuple[str, dict[str, Any]]
@@ -174,7 +175,11 @@ def measure_quality(model: Any, document: torch.Tensor, rows: list[Row]) -> None
     prefix, rest = document[:, :PREFIX], document[:, PREFIX:]
     targets = rest[0, 1:]
     keys, values = prefill(model, prefix)
-    chunks = chunks_of(Namespace(model="smollm2", layout=layout_of(model)), keys, values)
+    chunks = chunks_of(
+        Namespace(model="smollm2", layout=layout_of(model), weights=WEIGHTS),
+        keys,
+        values,
+    )
     reference = score(model, keys, values, rest)[:-1]
     best = reference.argmax(dim=-1)
     for row in rows:
@@ -344,7 +349,11 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     keys, values = prefill(model, documents[0][:, :PREFIX])
-    chunks = chunks_of(Namespace(model="smollm2", layout=layout_of(model)), keys, values)
+    chunks = chunks_of(
+        Namespace(model="smollm2", layout=layout_of(model), weights=WEIGHTS),
+        keys,
+        values,
+    )
     measure_speed(chunks, rows, options.rounds)
     others = rivals(chunks[1], options.rounds)
     torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_tiers import CHUNK, LAYOUT, TOKENS, Memory, alternate, console, machine, timed
+from bench_tiers import CHUNK, LAYOUT, TOKENS, WEIGHTS, Memory, alternate, console, machine, timed
 from rich.table import Table
 
 import lmcache_core
@@ -60,7 +60,7 @@ def bench_store(kib: int, total: int, rounds: int, table: Table) -> None:
     target = source.clone().share_memory_()
     halves = source.view(torch.bfloat16).view(chunks, 2, 1, 1, TOKENS, kib)
     with pooled((chunks + 1) * (nbytes + nbytes // 16)) as cache:
-        namespace = cache.namespace(model="bench", layout=layout(kib))
+        namespace = cache.namespace(model="bench", layout=layout(kib), weights=WEIGHTS)
         prompts = [range(first, first + chunks * TOKENS) for first in (0, 1, 2)]
         sequences = itertools.cycle([cache.keys(namespace, list(ids)) for ids in prompts])
 
@@ -99,14 +99,14 @@ def bench_load(rounds: int) -> Table:
         table.add_column(column, justify="right")
     for kib in (64, 512, 4096, 32768):
         with pooled(128 << 20) as cache, tempfile.TemporaryDirectory() as folder:
-            namespace = cache.namespace(model="bench", layout=layout(kib))
+            namespace = cache.namespace(model="bench", layout=layout(kib), weights=WEIGHTS)
             keys = cache.keys(namespace, list(range(TOKENS)))
             cache.store(namespace, keys, lambda index, out: [t.fill_(1) for t in out.values()])
-            (chunk,) = cache.load(keys)
+            (chunk,) = cache.load(keys, shared=True)
             ours, *others = (
                 1e6 * statistics.median(timed(work) for _ in range(20 * rounds))
                 for work in (
-                    lambda: list(cache.load(keys)),  # noqa: B023
+                    lambda: list(cache.load(keys, shared=True)),  # noqa: B023
                     from_dict(keys, chunk.tensors),
                     from_file(Path(folder) / "chunk", chunk.tensors),
                 )
@@ -172,7 +172,7 @@ def bench_visible(rounds: int) -> float:
     seen = context.SimpleQueue()
     source = Memory(1)
     with pooled(capacity) as cache:
-        namespace = cache.namespace(model="bench", layout=LAYOUT)
+        namespace = cache.namespace(model="bench", layout=LAYOUT, weights=WEIGHTS)
         sequences = [cache.keys(namespace, list(range(n, n + TOKENS))) for n in range(rounds)]
         reader = context.Process(target=watch, args=(POOL, capacity, sequences, seen))
         reader.start()
@@ -192,7 +192,7 @@ def watch(pool: str, capacity: int, sequences: list[list[ChunkKey]], seen: Any) 
     with opened(capacity, pool) as cache:
         seen.put(0.0)
         for keys in sequences:
-            while not list(cache.load(keys)):
+            while not list(cache.load(keys, shared=True)):
                 time.sleep(50e-6)
             seen.put(time.monotonic())
 
@@ -204,9 +204,9 @@ def bench_lookup(rounds: int) -> str:
     times = context.SimpleQueue()
     start = context.Barrier(4)
     with pooled(capacity) as cache:
-        namespace = cache.namespace(model="bench", layout=layout(1))
+        namespace = cache.namespace(model="bench", layout=layout(1), weights=WEIGHTS)
         keys = cache.keys(namespace, list(range(128 * TOKENS)))
-        cache.store(namespace, keys, lambda index, out: None)
+        cache.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
         arguments = (POOL, capacity, namespace, keys, start, 100 * rounds, times)
         workers = [context.Process(target=look, args=arguments) for _ in range(4)]
         for worker in workers:

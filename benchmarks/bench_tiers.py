@@ -30,10 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 import lmcache_core
-from lmcache_core import KVLayout, LayerGroup, Tensors
+from lmcache_core import KVLayout, LayerGroup, Tensors, unverified
 from lmcache_core.backend import Transfer
 
 TOKENS = 256
+WEIGHTS = unverified("bench")
 LAYOUT = KVLayout(
     groups=(
         LayerGroup(
@@ -104,7 +105,7 @@ def bench_local_cpu(chunks: int, rounds: int, table: Table) -> None:
     source, target = Memory(chunks), Memory(chunks)
     capacity = chunks * (CHUNK + 4096)
     with lmcache_core.open({"tiers": [{"backend": "local_cpu", "capacity": capacity}]}) as cache:
-        namespace = cache.namespace(model="bench", layout=LAYOUT)
+        namespace = cache.namespace(model="bench", layout=LAYOUT, weights=WEIGHTS)
         prompts = [range(first, first + chunks * TOKENS) for first in (0, 1)]
         sequences = itertools.cycle([cache.keys(namespace, list(ids)) for ids in prompts])
         keys = next(sequences)
@@ -120,7 +121,7 @@ def bench_local_cpu(chunks: int, rounds: int, table: Table) -> None:
                 raise SystemExit("not everything was stored")
 
         def load() -> None:
-            for chunk in cache.load(keys):
+            for chunk in cache.load(keys, shared=True):
                 target.scatter(chunk.index, chunk.tensors)
 
         store()
@@ -142,7 +143,7 @@ def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
         "queue": "1TiB",
     }
     with lmcache_core.open({"tiers": [config]}) as cache:
-        namespace = cache.namespace(model="bench", layout=LAYOUT)
+        namespace = cache.namespace(model="bench", layout=LAYOUT, weights=WEIGHTS)
         keys = cache.keys(namespace, list(range(chunks * TOKENS)))
 
         def store() -> None:
@@ -150,7 +151,7 @@ def bench_disk(chunks: int, rounds: int, table: Table, folder: Path) -> None:
             cache.flush()
 
         def load() -> None:
-            count = sum(1 for _ in cache.load(keys))
+            count = sum(1 for _ in cache.load(keys, shared=True))
             if count != chunks:
                 raise SystemExit(f"loaded {count} of {chunks} chunks")
 
@@ -212,11 +213,11 @@ def bench_lookup(rounds: int, folder: Path) -> Table:
     disk = {"backend": "disk", "path": str(folder), "capacity": "1GiB"}
     for tiers in ([memory], [disk], [memory, disk]):
         with lmcache_core.open({"tiers": tiers}) as cache:
-            namespace = cache.namespace(model="bench", layout=small)
+            namespace = cache.namespace(model="bench", layout=small, weights=WEIGHTS)
             prompt = torch.arange(32768)
             keys = cache.keys(namespace, prompt)
             other = cache.keys(namespace, prompt + 1)
-            cache.store(namespace, keys, lambda index, out: None)
+            cache.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
             cache.flush()
             row = [
                 median_ms(lambda: cache.keys(namespace, prompt), rounds),  # noqa: B023

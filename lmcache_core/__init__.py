@@ -38,6 +38,7 @@ from lmcache_core.kv.layout import (
 )
 from lmcache_core.kv.namespace import Namespace, tenant_digest
 from lmcache_core.kv.tensors import byte_array, byte_view, copy_exact, views
+from lmcache_core.kv.weights import Weights, unverified, weights_digest
 from lmcache_core.plugins.hooks import hookimpl
 from lmcache_core.plugins.log import LOG
 from lmcache_core.plugins.options import Options
@@ -87,6 +88,7 @@ __all__ = [
     "TierInfo",
     "TokenIds",
     "UnknownComponent",
+    "Weights",
     "byte_array",
     "byte_view",
     "combined_digest",
@@ -108,6 +110,8 @@ __all__ = [
     "strict_requested",
     "tenant_digest",
     "tensor_digests",
+    "unverified",
     "views",
+    "weights_digest",
 ]
 __version__ = "0.1.0"

@@ -7,21 +7,10 @@ checked is: the model's config, the layout and its dtype, and the tokens of a ch
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
-from lmcache_core import CacheEngine, KVLayout, Namespace
-
-_VOLATILE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache"}
-"""Config keys that say nothing of what the KV will be."""
-
-
-def config_digest(config: Any) -> str:
-    """Of a Transformers config, as far as it says what the KV will be."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    text = json.dumps(fields, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+from lmcache_core import CacheEngine, KVLayout, Namespace, unverified
+from lmcache_core.connector import config_digest
 
 
 def shared_namespace(cache: CacheEngine, name: str, config: Any, layout: KVLayout) -> Namespace:
@@ -29,6 +18,7 @@ def shared_namespace(cache: CacheEngine, name: str, config: Any, layout: KVLayou
     model."""
     return cache.namespace(
         model=name,
+        weights=unverified(name),
         layout=layout,
-        extra={"shared": config_digest(config), "chunk": str(cache.chunk_size)},
+        extra={"shared": config_digest(config.to_dict()), "chunk": str(cache.chunk_size)},
     )

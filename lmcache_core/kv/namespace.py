@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lmcache_core.kv.keys import ChunkKey, TokenIds, token_bytes
 from lmcache_core.kv.layout import KVLayout
+from lmcache_core.kv.weights import Weights, unverified
 
 FRAME_VERSION = 1
 """Version of the frame format; part of every Namespace, so that formats never meet."""
@@ -34,8 +35,9 @@ class Namespace(BaseModel):
     model: str
     """The model's name, any text."""
     layout: KVLayout
-    weights: str = ""
-    """Fingerprint of the weights: one name with other weights shares nothing."""
+    weights: Weights
+    """What `weights_digest(model)` gives, or `unverified(name)`: one name with other weights
+    shares nothing."""
     revision: str = ""
     rank: int = Field(default=0, ge=0)
     """This worker's place among `world` workers that each hold a part of the KV."""
@@ -50,6 +52,20 @@ class Namespace(BaseModel):
     """`tenant_digest(salt)`, or empty."""
     extra: dict[str, str] = Field(default_factory=dict)
     """Components that plugins add."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_weights(cls, fields: Any) -> Any:
+        weights = fields.get("weights") if isinstance(fields, Mapping) else None
+        if isinstance(weights, Weights | Mapping):
+            return fields
+        if isinstance(weights, str) and weights:  # somebody's word, and shown as such
+            return {**fields, "weights": unverified(weights)}
+        raise ValueError(
+            "weights: expected weights_digest(model), since KV of other weights must not be found "
+            'under this namespace, or unverified("name") if you vouch for a name; '
+            f"got {'nothing' if weights is None else repr(weights)}"
+        )
 
     @cached_property
     def document(self) -> bytes:

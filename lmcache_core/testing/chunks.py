@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.layout import DTYPES, KVLayout, LayerGroup, Tensors
 from lmcache_core.kv.namespace import Namespace
+from lmcache_core.kv.weights import unverified
 
 
 def tiny_layout(dtype: str = "bfloat16") -> KVLayout:
@@ -68,6 +69,6 @@ def random_tensors(layout: KVLayout, tokens: int, seed: int = 0) -> Tensors:
 
 def make_chunk(layout: KVLayout, tokens: int, index: int = 0, seed: int = 0) -> Chunk:
     """A chunk of random KV under its true key."""
-    namespace = Namespace(model="test", layout=layout)
+    namespace = Namespace(model="test", layout=layout, weights=unverified("test"))
     key = namespace.keys(range(tokens * (index + 1)), tokens)[index]
     return Chunk(key, namespace, index, tokens, random_tensors(layout, tokens, seed))

@@ -21,7 +21,15 @@ import pytest
 import lmcache_core
 from lmcache_backends.s3 import backend as s3
 from lmcache_backends.s3.backend import S3Backend, S3Options
-from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, StorageError, Tensors
+from lmcache_core import (
+    ChunkKey,
+    ConfigError,
+    KVLayout,
+    LayerGroup,
+    StorageError,
+    Tensors,
+    unverified,
+)
 from lmcache_core.backend import Refused, Transfer
 from lmcache_core.config.loading import load as load_config
 from lmcache_core.testing import BackendConformance, no_leaks
@@ -705,7 +713,9 @@ def test_what_one_engine_stores_another_loads_and_damage_is_a_miss(
         lmcache_core.open({"chunk_size": 16, "tiers": [tier]}) as one,
         lmcache_core.open({"chunk_size": 16, "tiers": [tier]}) as two,
     ):
-        namespace = one.namespace(model="m", layout=KVLayout(groups=(group,)))
+        namespace = one.namespace(
+            model="m", layout=KVLayout(groups=(group,)), weights=unverified("test")
+        )
         keys = one.keys(namespace, list(range(160)))
         assert two.lookup(keys).chunks == 0
         assert one.store(namespace, keys, gather) == 10

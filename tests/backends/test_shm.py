@@ -40,6 +40,7 @@ from lmcache_core import (
     LayerGroup,
     StorageBackend,
     StorageError,
+    unverified,
 )
 from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
@@ -623,7 +624,7 @@ def test_an_engine_gathers_straight_into_the_pages_that_others_load(pool: str) -
     tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
     config = {"tiers": [tier], "chunk_size": 16}
     with lmcache_core.open(config) as one, lmcache_core.open(config) as two:
-        namespace = one.namespace(model="m", layout=LAYOUT)
+        namespace = one.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         keys = one.keys(namespace, list(range(64)))
         bases = [c._tiers[0]._backend._pool._segment.whole.ctypes.data for c in (one, two)]
         gathered: list[int] = []
@@ -647,10 +648,13 @@ def test_what_an_engine_has_loaded_may_leave_the_pool(pool: str) -> None:
         lmcache_core.open({"tiers": [shm], "chunk_size": 16}) as one,
         lmcache_core.open({"tiers": above, "chunk_size": 16}) as two,
     ):
-        namespace = one.namespace(model="m", layout=LAYOUT)
+        namespace = one.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         for first in range(200):
             keys = one.keys(namespace, [first, *range(1, 64)])
-            assert one.store(namespace, keys, lambda index, out: None) == 4
+            assert (
+                one.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
+                == 4
+            )
             assert [chunk.index for chunk in two.load(keys)] == [0, 1, 2, 3]
             assert two.lookup(keys).tiers == (1,) * 4
 
@@ -658,7 +662,7 @@ def test_what_an_engine_has_loaded_may_leave_the_pool(pool: str) -> None:
 def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
     tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
     with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
-        namespace = cache.namespace(model="m", layout=LAYOUT)
+        namespace = cache.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         keys = cache.keys(namespace, list(range(64)))
 
         def gather(index: int, out: lmcache_core.Tensors) -> None:
@@ -677,7 +681,7 @@ def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
 def test_the_engine_goes_on_after_its_pool_was_deleted(pool: str) -> None:
     tier = {"backend": "shm", "pool": pool, "capacity": "1MiB"}
     with lmcache_core.open({"tiers": [tier], "chunk_size": 16}) as cache:
-        namespace = cache.namespace(model="m", layout=LAYOUT)
+        namespace = cache.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         keys = cache.keys(namespace, list(range(64)))
 
         def gather(index: int, out: lmcache_core.Tensors) -> None:

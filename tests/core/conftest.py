@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, Tensors
+from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, Tensors, unverified
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +21,7 @@ def layout() -> KVLayout:
 
 @pytest.fixture(scope="session")
 def namespace(layout: KVLayout) -> Namespace:
-    return Namespace(model="org/model@main", layout=layout, weights="w")
+    return Namespace(model="org/model@main", layout=layout, weights=unverified("w"))
 
 
 def content(namespace: Namespace, index: int, tokens: int) -> Tensors:

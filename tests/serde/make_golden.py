@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component
+from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component, unverified
 from lmcache_core.frames import frame as frames
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.kv.layout import DTYPES
@@ -54,7 +54,11 @@ def chunk() -> Chunk:
         ),
     )
     namespace = Namespace(
-        model="golden/模型", layout=KVLayout(groups=groups), weights="w", rank=1, world=2
+        model="golden/模型",
+        layout=KVLayout(groups=groups),
+        weights=unverified("w"),
+        rank=1,
+        world=2,
     )
     tensors = {}
     for number, spec in enumerate(namespace.layout.tensors(TOKENS)):

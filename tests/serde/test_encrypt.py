@@ -18,6 +18,7 @@ from lmcache_core import (
     Serde,
     component,
     tenant_digest,
+    unverified,
 )
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
@@ -109,7 +110,12 @@ def test_a_payload_under_another_chunk_key_or_index_does_not_open() -> None:
 
 def test_no_tenants_data_opens_with_anothers_derived_key() -> None:
     def ciphertext(tenant: str) -> tuple[Encrypt, bytes, bytes]:
-        ns = Namespace(model="m", layout=tiny_layout(), tenant=tenant_digest(tenant))
+        ns = Namespace(
+            model="m",
+            layout=tiny_layout(),
+            tenant=tenant_digest(tenant),
+            weights=unverified("test"),
+        )
         context = ns.keys(range(4), 4)[0] + b"the rest"
         serde = made(key_env="KV_KEY")
         return serde, context, b"".join(serde.encode([memoryview(b"secret")], context))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import lmcache_core
-from lmcache_core import Namespace, Tensors
+from lmcache_core import Namespace, Tensors, unverified
 from lmcache_core.testing import random_tensors, tiny_layout
 
 TOKENS = 16
@@ -26,7 +26,7 @@ PIPELINES: list[Any] = [
 
 def test_frames_of_many_pipelines_live_in_one_store(tmp_path: Path) -> None:
     layout = tiny_layout()
-    namespace = Namespace(model="m", layout=layout)
+    namespace = Namespace(model="m", layout=layout, weights=unverified("test"))
     sequences = [namespace.keys([n, *range(1, 5 * TOKENS)], TOKENS) for n in range(len(PIPELINES))]
 
     def config(pipeline: Any) -> dict[str, Any]:

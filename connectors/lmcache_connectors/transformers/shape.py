@@ -12,7 +12,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lmcache_connectors.transformers.identity import Identity
 from lmcache_connectors.transformers.layers import Pair
 from lmcache_connectors.transformers.refusal import NotCacheable
-from lmcache_core import CacheEngine, KVLayout, LayerGroup, Namespace, Tensors, pooled_empty
+from lmcache_core import (
+    CacheEngine,
+    KVLayout,
+    LayerGroup,
+    Namespace,
+    Tensors,
+    Weights,
+    pooled_empty,
+)
 
 
 class Shape(NamedTuple):
@@ -42,7 +50,10 @@ class Shape(NamedTuple):
         layers = _probe(model, argument)
         layout = KVLayout(groups=_groups(layers, config))
         namespace = cache.namespace(
-            model=type(model).__name__, layout=layout, weights=identity.whole.hex(), tenant=tenant
+            model=type(model).__name__,
+            layout=layout,
+            weights=Weights(digest=identity.whole.hex()),
+            tenant=tenant,
         )
         return cls(identity, namespace, [layer.keys.device for layer in layers])
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import lmcache_core
-from lmcache_core import CacheEngine, ConfigError
+from lmcache_core import CacheEngine, ConfigError, unverified
 from lmcache_core.connector import Rows
 
 HASHES = [bytes([n]) * 32 for n in range(6)]
-FIELDS = {"model": "toy", "weights": "w"}
+FIELDS = {"model": "toy", "weights": unverified("w")}
 
 
 @pytest.fixture

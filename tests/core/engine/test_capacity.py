@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lmcache_core
-from lmcache_core import ConfigError, Tensors
+from lmcache_core import ConfigError, Tensors, unverified
 from lmcache_core.testing import tiny_layout
 
 SIZE = 4
@@ -36,7 +36,7 @@ def said(tier: dict[str, Any], capacity: int) -> str:
     config = {"chunk_size": SIZE, "tiers": [{**tier, "capacity": capacity}]}
     with lmcache_core.open(config) as cache:
         try:
-            namespace = cache.namespace(model="m", weights="w", layout=tiny_layout())
+            namespace = cache.namespace(model="m", weights=unverified("w"), layout=tiny_layout())
         except ConfigError as error:
             if tier["backend"] == "shm":
                 Path(f"/dev/shm/lmcache-{os.getuid()}-{tier['pool']}").unlink()
@@ -61,4 +61,4 @@ def test_nobody_knows_what_a_compressed_chunk_takes(tier: dict[str, Any]) -> Non
     config = {"chunk_size": SIZE, "tiers": [{**tier, "capacity": 4096, "serde": ["zstd"]}]}
     with lmcache_core.open(config) as cache:
         layout = tiny_layout()
-        cache.namespace(model="m", weights="w", layout=layout)
+        cache.namespace(model="m", weights=unverified("w"), layout=layout)

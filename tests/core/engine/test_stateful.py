@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import lmcache_core
-from lmcache_core import Chunk, ChunkKey, KVLayout, LayerGroup, Namespace, Tensors
+from lmcache_core import Chunk, ChunkKey, KVLayout, LayerGroup, Namespace, Tensors, unverified
 
 SIZE = 4
 LAYOUT = KVLayout(
@@ -24,8 +24,8 @@ LAYOUT = KVLayout(
     )
 )
 NAMESPACES = [
-    Namespace(model="toy", layout=LAYOUT, weights="one"),
-    Namespace(model="toy", layout=LAYOUT, weights="two"),
+    Namespace(model="toy", layout=LAYOUT, weights=unverified("one")),
+    Namespace(model="toy", layout=LAYOUT, weights=unverified("two")),
 ]
 PROMPTS = [[0, *range(1, 6 * SIZE)], [9, *range(1, 6 * SIZE)], [*range(3 * SIZE), *[7] * 9]]
 """The second shares nothing with the first, the third its first three chunks."""

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 import lmcache_core
-from lmcache_core import CacheEngine, ConfigError, Namespace, hookimpl
+from lmcache_core import CacheEngine, ConfigError, Namespace, hookimpl, unverified
 from lmcache_core.plugins import listener
 from lmcache_core.plugins.events import Event, Loaded, LookedUp, PluginFailed, Stored
 from lmcache_core.plugins.log import LOG, RateLimitedLog
@@ -233,7 +233,9 @@ class Cluster:
 
 def test_a_plugin_adds_to_the_namespace(namespace: Namespace) -> None:
     with opened(Cluster()) as cache:
-        ns = cache.namespace(model="m", layout=namespace.layout, extra={"a": "b"})
+        ns = cache.namespace(
+            model="m", layout=namespace.layout, extra={"a": "b"}, weights=unverified("test")
+        )
     assert ns.extra == {"a": "b", "cluster": "of m"}
 
 
@@ -251,7 +253,7 @@ def test_a_plugin_that_fails_makes_no_smaller_namespace(result: Any, namespace: 
 
     failed = pytest.raises(ConfigError, match=r"Flaky: failed in lmcache_namespace: \S+")
     with opened(Cluster(), Flaky()) as cache, failed:
-        cache.namespace(model="m", layout=namespace.layout)
+        cache.namespace(model="m", layout=namespace.layout, weights=unverified("test"))
 
 
 # A plugin that is written wrongly.

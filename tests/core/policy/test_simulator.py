@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lmcache_core
-from lmcache_core import ChunkKey, ConfigError
+from lmcache_core import ChunkKey, ConfigError, unverified
 from lmcache_core.policy import traces
 from lmcache_core.policy.auto import Auto
 from lmcache_core.policy.lru import LRU
@@ -46,12 +46,12 @@ def test_it_counts_what_the_engine_counts_request_by_request(policy: str, chunks
     tier = {"backend": "local_cpu", "capacity": capacity, "eviction": policy}
     simulator = Simulator(capacity, eviction_policy(policy, capacity), frame)
     with lmcache_core.open({"chunk_size": CHUNK, "tiers": [tier]}) as cache:
-        namespace = cache.namespace(model="m", layout=layout)
+        namespace = cache.namespace(model="m", layout=layout, weights=unverified("test"))
         hits = 0
         for prompt in chats(1, 400):
             keys = cache.keys(namespace, prompt)
             got = sum(1 for _ in cache.load(cache.lookup(keys)))
-            cache.store(namespace, keys, lambda index, out: None)
+            cache.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
             assert simulator.request(keys) == got
             hits += got
         assert 0 < hits < simulator.outcome.chunks
@@ -63,7 +63,9 @@ def _frame_bytes(layout: lmcache_core.KVLayout) -> int:
     """Bytes of one chunk's frame in memory."""
     tier = {"backend": "local_cpu", "capacity": "1MiB"}
     with lmcache_core.open({"chunk_size": CHUNK, "tiers": [tier]}) as cache:
-        return cache._tiers[0].raw_bytes(cache.namespace(model="m", layout=layout), CHUNK)
+        return cache._tiers[0].raw_bytes(
+            cache.namespace(model="m", layout=layout, weights=unverified("test")), CHUNK
+        )
 
 
 def test_a_curve_falls_nowhere_for_lru() -> None:
