@@ -15,6 +15,7 @@ from lmcache_core.engine.load_gate import LoadGate
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import pooled_empty, record_event, side_stream
 from lmcache_core.io.threads import run_threads_on, start_thread
+from lmcache_core.kv.filling import whole
 from lmcache_core.plugins.log import LOG
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "side_stream",
     "start_thread",
     "strict_requested",
+    "whole",
 ]

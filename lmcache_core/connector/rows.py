@@ -16,6 +16,7 @@ import torch
 from lmcache_core.engine.engine import CacheEngine
 from lmcache_core.engine.hit import Hit
 from lmcache_core.errors import ConfigError
+from lmcache_core.kv.filling import whole
 from lmcache_core.kv.keys import ChunkKey
 from lmcache_core.kv.layout import KVLayout, LayerGroup, Tensors
 from lmcache_core.kv.tensors import copy_exact
@@ -65,8 +66,8 @@ class Rows:
         one = len(self._cache.tiers) == 1  # the engine has just heard that it is there
         where = [0] * len(asked) if one else self._cache.locate(asked)
         tiers = tuple(n for n in takewhile(lambda n: n is not None, where) if n is not None)
-        count = 0
-        for chunk in self._cache.load(Hit(tuple(prefix), (0,) * first + tiers), start=first):
+        hit, count = Hit(tuple(prefix), (0,) * first + tiers), 0
+        for chunk in self._cache.load(hit, start=first, shared=True):
             copy_exact(self._rows[ids[count]], chunk.tensors[NAME].view(-1))
             count += 1
         return count
@@ -75,6 +76,7 @@ class Rows:
         """Store the rows `ids` under the keys of `prefix` from `first` on; the cache counts what
         it drops. Returns how many were offered."""
 
+        @whole
         def gather(index: int, out: Tensors) -> None:
             copy_exact(out[NAME].view(-1), self._rows[ids[index - first]])
 

@@ -24,13 +24,15 @@ from lmcache_core.errors import ConfigError
 from lmcache_core.io.breaker import State
 from lmcache_core.io.memory import HOST
 from lmcache_core.io.threads import start_thread
+from lmcache_core.kv import filling
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey, TokenIds
-from lmcache_core.kv.layout import Tensors
+from lmcache_core.kv.layout import KVLayout, Tensors, TensorSpec
 from lmcache_core.kv.namespace import Namespace
 from lmcache_core.kv.tensors import views
 from lmcache_core.plugins.blame import cause
 from lmcache_core.plugins.events import Missed, Reason, by_namespace
+from lmcache_core.plugins.log import LOG
 from lmcache_core.plugins.observers import Observers
 from lmcache_core.plugins.options import Bounded
 from lmcache_core.plugins.registry import component
@@ -59,6 +61,8 @@ class CacheEngine:
         self._config = config
         self._observers = Observers(plugins)
         self._tiers: list[Tier] = []
+        self._exact: set[object] = set()
+        """Code of gathers that fill all through `copy_exact`, as far as it is known."""
         self._close = weakref.finalize(self, _close, self._tiers, self._observers)
         try:
             for tier in config.tiers:
@@ -86,12 +90,12 @@ class CacheEngine:
         self._check_capacities(namespace)
         return namespace
 
-    def warm(self, namespaces: Sequence[Namespace]) -> None:
+    def warm(self, layouts: Sequence[KVLayout]) -> None:
         """Have memory ready, soon, for frames of chunks of these, which a process's first load
         would wait for. Nothing is done where all tiers are memory."""
         if all(tier.in_memory for tier in self._tiers):
             return
-        chunks = [each.layout.bytes_per_token * self.chunk_size for each in namespaces]
+        chunks = [each.bytes_per_token * self.chunk_size for each in layouts]
         sizes = [nbytes + _HEADER_BYTES for nbytes in chunks]
         with contextlib.suppress(RuntimeError):  # no thread can be had
             start_thread(partial(HOST.warm, sizes), "lmcache-warm")
@@ -187,12 +191,15 @@ class CacheEngine:
         if keys:
             self._observers.tell(Missed(tier=tier, keys=tuple(keys), reason=reason))
 
-    def load(self, what: Hit | Sequence[ChunkKey], start: int = 0) -> Iterator[Chunk]:
+    def load(
+        self, what: Hit | Sequence[ChunkKey], start: int = 0, *, shared: bool = False
+    ) -> Iterator[Chunk]:
         """Yield the stored prefix, chunk by chunk from `start`, each as soon as it is there.
 
-        Ends early where a chunk fails to come; what was yielded is whole. Chunks are shared with
-        the memory tier: copy their tensors, never keep or change them. Chunks found in a store
-        that is not memory are promoted to the tiers above it.
+        Ends early where a chunk fails to come; what was yielded is whole. Chunks are the caller's
+        own. With `shared`, which saves a copy, they may be a memory tier's: who asks for it copies
+        their tensors, and neither keeps nor changes them. Chunks found in a store that is not
+        memory are promoted to the tiers above it.
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
@@ -204,6 +211,8 @@ class CacheEngine:
                 for chunk, number in self._stream(keys, where, done, loaded):
                     done += 1
                     self._spread(chunk, keys, number, full, stored)
+                    if not shared and (len(self._tiers) > 1 or self._tiers[number].in_memory):
+                        chunk = _own(chunk)
                     yield chunk
                     del chunk
                 if done < len(where):
@@ -285,7 +294,9 @@ class CacheEngine:
         new (a memory tier in front knows), with host tensors of `namespace.layout` for `tokens`
         (default `chunk_size`) tokens to fill; `copy_exact` fills them safely. Only that copy
         happens on the caller's thread, besides storing in memory; slower tiers are written behind.
-        Whatever `gather` raises comes through; chunks before it are stored.
+        Whatever `gather` raises comes through; chunks before it are stored. Where it leaves a part
+        of a chunk unfilled that is found, and the rest of the sequence is dropped, or zero; it may
+        be called again for a chunk to find out.
         """
         if any(key.namespace != namespace.digest for key in keys):
             raise ValueError("keys of another namespace")
@@ -302,21 +313,65 @@ class CacheEngine:
                 if all(refused):
                     break  # nobody takes it: do not even gather it
                 first = None if refused[0] else self._tiers[0]
-                chunk = _gather(namespace, keys, index, tokens, gather, first)
+                chunk = self._gather(namespace, keys, index, tokens, gather, first)
                 for n, tier in enumerate(self._tiers):
                     begin = time.monotonic()
-                    refused[n] = refused[n] or tier.store(chunk, keys)
+                    refused[n] = refused[n] or self._offer(tier, chunk, keys)
                     taken[n] += not refused[n]
-                    if tier.in_memory and not refused[n]:
+                    if chunk and tier.in_memory and not refused[n]:
                         stored.add(tier, chunk, time.monotonic() - begin)
         finally:
             stored.tell(Tier.tell_stored)
-            for n, tier in enumerate(self._tiers):
-                if tier.in_memory and taken[n]:
-                    tier.touch(keys[: new[taken[n] - 1] + 1])
-                if reason := refused[n]:
-                    tier.drop([keys[index] for index in new[taken[n] :]], reason)
+            for tier, count, reason in zip(self._tiers, taken, refused, strict=True):
+                if tier.in_memory and count:
+                    tier.touch(keys[: new[count - 1] + 1])
+                if reason:
+                    tier.drop([keys[index] for index in new[count:]], reason)
         return taken[0] if taken else 0
+
+    @staticmethod
+    def _offer(tier: Tier, chunk: Chunk | None, keys: tuple[ChunkKey, ...]) -> Reason | None:
+        """Why a tier does not take a chunk; None where it does."""
+        return Reason.UNFILLED if chunk is None else tier.store(chunk, keys)
+
+    def _gather(
+        self,
+        namespace: Namespace,
+        keys: tuple[ChunkKey, ...],
+        index: int,
+        tokens: int,
+        gather: Gather,
+        tier: Tier | None,
+    ) -> Chunk | None:
+        """Chunk `index`, in memory of the tier's own where it has some, filled by `gather`; None
+        where that left a part of it as it was."""
+        specs = namespace.layout.tensors(tokens)
+        nbytes = sum(spec.nbytes for spec in specs)
+        room = HOST.allocate(nbytes) if tier is None else tier.reserve(nbytes, keys)
+        tensors = views([room], specs)
+        if filling.is_whole(gather):
+            gather(index, dict(tensors))
+        elif not self._filled(gather, index, tensors):
+            name = getattr(gather, "__qualname__", type(gather).__qualname__)
+            LOG.warn(f"unfilled {name}", f"store: {name} left a part of chunk {index} unfilled")
+            return None
+        return Chunk(keys[index], namespace, index, tokens, tensors)
+
+    def _filled(self, gather: Gather, index: int, tensors: Tensors) -> bool:
+        """Have `gather` fill tensors. What it leaves is found or zero, never what was there."""
+        code = getattr(gather, "__code__", type(gather))
+        if code in self._exact:
+            with filling.Filling(tensors) as seen:
+                gather(index, dict(tensors))
+            if seen.whole:
+                return True
+            self._exact.discard(code)
+        filling.clear(tensors)
+        with filling.Filling(tensors) as seen:
+            gather(index, dict(tensors))
+        if seen.whole:
+            self._exact.add(code)
+        return not filling.left(tensors)
 
     def _new(self, keys: Sequence[ChunkKey], start: int) -> list[int]:
         """Which chunks to gather: all that a memory tier in front does not have."""
@@ -416,21 +471,13 @@ class _Tally:
             tell(tier, keys, sum(sizes), sum(seconds))
 
 
-def _gather(
-    namespace: Namespace,
-    keys: tuple[ChunkKey, ...],
-    index: int,
-    tokens: int,
-    gather: Gather,
-    tier: Tier | None,
-) -> Chunk:
-    """Chunk `index`, in memory of the tier's own where it has some."""
-    specs = namespace.layout.tensors(tokens)
-    nbytes = sum(spec.nbytes for spec in specs)
-    room = HOST.allocate(nbytes) if tier is None else tier.reserve(nbytes, keys)
-    tensors = views([room], specs)
-    gather(index, tensors)
-    return Chunk(keys[index], namespace, index, tokens, tensors)
+def _own(chunk: Chunk) -> Chunk:
+    """The same in memory of its own."""
+    specs = [TensorSpec.of(name, tensor) for name, tensor in chunk.tensors.items()]
+    copies = views([HOST.allocate(chunk.nbytes)], specs)
+    for name, tensor in chunk.tensors.items():
+        copies[name].copy_(tensor)
+    return dataclasses.replace(chunk, tensors=copies)
 
 
 def _open_tier(config: TierConfig, observers: Observers, whole: Config) -> Tier:

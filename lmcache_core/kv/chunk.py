@@ -11,7 +11,7 @@ from lmcache_core.kv.namespace import Namespace
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """The KV of `tokens` consecutive tokens. Tensors lie on the host and are read-only."""
+    """The KV of `tokens` consecutive tokens. Tensors lie on the host."""
 
     key: ChunkKey
     namespace: Namespace

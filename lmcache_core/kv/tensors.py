@@ -12,11 +12,13 @@ import torch
 
 from lmcache_core.errors import LayoutError
 from lmcache_core.io.buffers import Buffers, concat
+from lmcache_core.kv.filling import written
 from lmcache_core.kv.layout import DTYPES, TensorSpec
 
 
 def copy_exact(out: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy `source` (any device, any strides) into `out`; never convert or broadcast.
+    """Copy `source` (any device, any strides) into `out`; never convert or broadcast. What a gather
+    fills in this way is known to be filled.
 
     Raises LayoutError where shape or dtype differ, which `out.copy_` would pass over.
     """
@@ -25,6 +27,7 @@ def copy_exact(out: torch.Tensor, source: torch.Tensor) -> None:
             f"expected {out.dtype} {list(out.shape)}; got {source.dtype} {list(source.shape)}"
         )
     out.copy_(source.detach())
+    written(out)
 
 
 def views(parts: Buffers, specs: Iterable[TensorSpec]) -> dict[str, torch.Tensor]:

@@ -43,6 +43,8 @@ class Reason(StrEnum):
     """The store has no room for more of this sequence."""
     QUEUE = "queue"
     """The write-behind queue is over its budget."""
+    UNFILLED = "unfilled"
+    """The engine's gather left a part of the chunk as it was."""
 
 
 Operation = Literal["open", "lookup", "load", "store", "touch", "delete", "ping", "close"]

@@ -21,6 +21,7 @@ from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_connectors.transformers.shape import Shape
 from lmcache_connectors.transformers.trial import Trial
 from lmcache_core import CacheEngine, ConfigError, Hit, Tensors, copy_exact, tenant_digest
+from lmcache_core.connector import whole
 
 log = logging.getLogger("lmcache_core")
 
@@ -317,7 +318,7 @@ class Attached:
         """Copy a row's stored chunks to their columns of `prefix`; returns how many came."""
         loaded = 0
         size = self._cache.chunk_size
-        for chunk in self._cache.load(hit):
+        for chunk in self._cache.load(hit, shared=True):
             start = pad + chunk.index * size
             for layer, part, tensor in shape.parts(chunk.tensors):
                 target = prefix[layer][part][rows, :, start : start + size]
@@ -356,6 +357,7 @@ class Attached:
         keys = self._cache.keys(shape.namespace, row.tokens)
         size = self._cache.chunk_size
 
+        @whole
         def gather(index: int, out: Tensors) -> None:
             start = row.pad + index * size
             for layer, part, tensor in shape.parts(out):

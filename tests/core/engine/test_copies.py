@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lmcache_core
-from lmcache_core import KVLayout, LayerGroup, Tensors
+from lmcache_core import KVLayout, LayerGroup, Tensors, unverified
 from lmcache_core.io.memory import HOST, HostBuffers
 
 TOKENS = 64
@@ -63,7 +63,7 @@ def test_one_buffer_a_chunk_each_way_and_nothing_else(
     options = {"local_cpu": {}, "disk": {"path": str(tmp_path)}}[tier]
     config = {"backend": tier, "capacity": "64MiB", **options}
     with lmcache_core.open({"chunk_size": TOKENS, "tiers": [config]}) as cache:
-        namespace = cache.namespace(model="m", layout=LAYOUT)
+        namespace = cache.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         keys = cache.keys(namespace, list(range(TOKENS * CHUNKS)))
 
         def gather(index: int, out: Tensors) -> None:
@@ -80,7 +80,7 @@ def test_one_buffer_a_chunk_each_way_and_nothing_else(
             cache.flush()
         assert allocations.take() == [CHUNK] * CHUNKS
         with no_bytes_objects(CHUNK // 2):
-            for chunk in cache.load(keys):
+            for chunk in cache.load(keys, shared=True):
                 assert chunk.tensors["g0.v"][0, 0, 0, 0] == chunk.index
         read = allocations.take()
         if tier == "local_cpu":
@@ -94,12 +94,12 @@ def test_a_stream_of_chunks_reuses_its_memory(tmp_path: Path) -> None:
     """A load much larger than memory goes through a handful of buffers."""
     tier = {"backend": "disk", "path": str(tmp_path), "capacity": "64MiB"}
     with lmcache_core.open({"chunk_size": TOKENS, "tiers": [tier]}) as cache:
-        namespace = cache.namespace(model="m", layout=LAYOUT)
+        namespace = cache.namespace(model="m", layout=LAYOUT, weights=unverified("test"))
         keys = cache.keys(namespace, list(range(TOKENS * 50)))
-        cache.store(namespace, keys, lambda index, out: None)
+        cache.store(namespace, keys, lambda index, out: [t.zero_() for t in out.values()])
         cache.flush()
         seen: set[int] = set()
-        for chunk in cache.load(keys):
+        for chunk in cache.load(keys, shared=True):
             seen.add(chunk.tensors["g0.k"].untyped_storage().data_ptr())
             del chunk
         assert len(seen) <= 12

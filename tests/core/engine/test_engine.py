@@ -20,7 +20,16 @@ import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import Chunk, ChunkKey, ConfigError, DaemonPool, KVLayout, Namespace, Tensors
+from lmcache_core import (
+    Chunk,
+    ChunkKey,
+    ConfigError,
+    DaemonPool,
+    KVLayout,
+    Namespace,
+    Tensors,
+    unverified,
+)
 from lmcache_core.engine import engine
 from lmcache_core.engine.engine import CacheEngine
 from lmcache_core.frames import frame
@@ -283,7 +292,7 @@ def test_memory_adopts_what_was_gathered_and_hands_it_out(
         cache.store(namespace, keys, note)
         handed = {
             f"{chunk.index} {name}": tensor.data_ptr()
-            for chunk in cache.load(keys)
+            for chunk in cache.load(keys, shared=True)
             for name, tensor in chunk.tensors.items()
         }
     assert handed == gathered
@@ -468,7 +477,7 @@ def test_a_first_load_finds_its_memory_ready(
         return mmap.mmap(-1, nbytes)
 
     group = tiny_layout().groups[0].model_copy(update={"kv_heads": 1024})
-    wide = Namespace(model="wide", layout=KVLayout(groups=(group,)), weights="w")
+    wide = Namespace(model="wide", layout=KVLayout(groups=(group,)), weights=unverified("w"))
     keys = sequence(wide, 4)
     tier = disk(tmp_path, capacity="64MiB")
     with opened(tier) as cache:
@@ -478,10 +487,10 @@ def test_a_first_load_finds_its_memory_ready(
     monkeypatch.setattr("lmcache_core.engine.engine.HOST", pool)
     monkeypatch.setattr("lmcache_core.io.transfer.HOST", pool)
     with opened(memory("64MiB")) as cache:
-        cache.warm([wide])
+        cache.warm([wide.layout])
         assert mapped == []
     with opened(tier) as cache:
-        cache.warm([wide])
+        cache.warm([wide.layout])
         assert eventually(lambda: not any(t.name == "lmcache-warm" for t in threading.enumerate()))
         ahead = len(mapped)
         assert ahead >= 4
@@ -773,7 +782,7 @@ def test_a_forked_child_neither_hangs_nor_writes(
 
 def test_a_tier_smaller_than_one_chunk_is_named(tmp_path: Path, namespace: Namespace) -> None:
     with opened(memory(100)) as cache, pytest.raises(ConfigError, match=r"tiers\[0\]\.capacity"):
-        cache.namespace(model="m", layout=namespace.layout)
+        cache.namespace(model="m", layout=namespace.layout, weights=unverified("w"))
 
 
 def test_keys_of_another_namespace_are_refused(namespace: Namespace, gather: Gather) -> None:
