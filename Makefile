@@ -58,6 +58,7 @@ bench-shm: $(READY)
 bench-vllm: $(READY) $(VLLM)/.ready
 	sh .ci/servers
 	$(BIN)/python benchmarks/bench_vllm.py --vllm $(VLLM)/bin/python --write
+	$(BIN)/python benchmarks/bench_weights.py --vllm $(VLLM)/bin/python
 
 fuzz: $(READY)
 	$(BIN)/python -m tests.serde.fuzz

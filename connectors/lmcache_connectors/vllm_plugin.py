@@ -12,7 +12,8 @@ import functools
 import logging
 from typing import Any
 
-from lmcache_connectors.vllm import weights
+from lmcache_connectors.vllm import held
+from lmcache_connectors.vllm.weights import watch
 from lmcache_core import load_config
 from lmcache_core.connector import environment_is_set, go_on_without, strict_requested
 
@@ -28,10 +29,13 @@ def register() -> None:
     """Called by vLLM, more than once."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
 
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, MODULE, NAME)
-    weights.watch()
+    watch()
+    if current_platform.is_cpu():
+        held.watch()
     create = EngineArgs.create_engine_config
     if not hasattr(create, "lmcache_core"):
         EngineArgs.create_engine_config = _with_default(create)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from lmcache_connectors.vllm.packing import Packing
 from lmcache_core import ChunkKey, Namespace
 
 
@@ -23,13 +23,12 @@ class Group:
         namespace: Namespace,
         block: int,
         window: int | None,
-        packing: Packing | None = None,
         keyed: bool = False,
     ) -> None:
-        """`block`: tokens of a block. `window`: tokens that its layers attend to. `packing`: how
-        chunks come of blocks, where they are not just their bytes. `keyed`: hashes are keys."""
+        """`block`: tokens of a block. `window`: tokens that its layers attend to. `keyed`: hashes
+        are keys."""
         self.namespace, self.block, self.window = namespace, block, window
-        self.packing, self._keyed = packing, keyed
+        self._keyed = keyed
         self._salted = {"": namespace}
 
     def salted(self, salt: str) -> Namespace:
@@ -45,11 +44,22 @@ class Group:
         return self.salted(salt).keys_from_hashes(hashes)
 
 
-def all_or_nothing(groups: Sequence[Group]) -> bool:
+def all_or_nothing(windows: Sequence[int | None]) -> bool:
     """Whether a load is of use only if all of it comes. Where a block is missing, vLLM computes on
     from there if there is one group, whose blocks are all there up to the missing one: those that
-    a window has left are not."""
-    return len(groups) > 1 or groups[0].window is not None
+    a window has left are not. `windows`: tokens that each group attends to, None for all."""
+    return len(windows) > 1 or windows[0] is not None
+
+
+class Adapter(NamedTuple):
+    """A LoRA adapter as the workers have loaded it."""
+
+    number: int
+    """VLLM's."""
+    digest: str
+    """Stands for all of it."""
+    ranks: tuple[str, ...]
+    """For what each worker has."""
 
 
 @dataclass
@@ -58,7 +68,7 @@ class Chunks:
 
     request: str
     salt: str
-    """What they depend on besides their tokens: a LoRA's files, how often weights changed."""
+    """What they depend on besides their tokens and the weights: an adapter, by content."""
     ends: list[int]
     """Tokens up to the end of each chunk, from the root on."""
     hashes: list[bytes]
@@ -71,6 +81,7 @@ class Chunks:
     """For each group, from the request's first block on; 0 where vLLM keeps none."""
     tiers: list[list[list[int]]] = field(default_factory=list)
     """Of a load: where each chunk is, by rank and group."""
+    adapter: Adapter | None = None
 
     def first_block(self, group: int, block: int) -> int:
         """The first block of `group` to move: behind those that a sliding window has left."""

@@ -26,13 +26,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
-from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
-from lmcache_connectors.vllm import weights
 from lmcache_connectors.vllm.cache import settings
 from lmcache_connectors.vllm.messages import Metadata, Report
 from lmcache_connectors.vllm.scheduler import Scheduler
@@ -70,7 +69,6 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             if role is KVConnectorRole.SCHEDULER:
                 self._scheduler = Scheduler(vllm_config, kv_cache_config)
-                weights.watch_adapters()
             else:
                 self._worker = Worker(vllm_config, kv_cache_config)
         except Exception as error:  # vLLM must start
@@ -94,10 +92,10 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     # The scheduler's side
 
-    def on_adapter(self, lora_request: LoRARequest) -> None:
-        """An adapter is loaded. Called by `weights.py`."""
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
         if self._scheduler:
-            self._scheduler.adapter(lora_request)
+            self._scheduler.bind(kv_cache_manager)
 
     def on_new_request(self, request: Request) -> None:
         if self._scheduler:
@@ -155,7 +153,7 @@ class LmcacheCoreConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.events() if self._scheduler else ()
 
     def reset_cache(self) -> bool | None:
-        """What was stored so far belongs to weights that may be others now."""
+        """Weights may be others now."""
         return self._scheduler.reset() if self._scheduler else None
 
     # The worker's side

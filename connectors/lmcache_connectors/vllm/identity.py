@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,14 +19,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_offload.config import OffloadingConfig
 
 from lmcache_core import ConfigError
-
-_SAMPLE, _STEP = 4 << 10, 1 << 20
-"""A fingerprint reads so many bytes of the weights, and after so many the next: of every tensor."""
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+from lmcache_core.connector import config_digest
 
 
 def offloaded(config: VllmConfig, offloading: OffloadingConfig) -> dict[str, Any]:
-    """Namespace fields, but the layout, for rows of vLLM's native offloading: all workers' bytes.
+    """Namespace fields for the rows of vLLM's native offloading, all but weights and layout.
 
     Raises ConfigError for models with LoRA adapters.
     """
@@ -53,13 +48,13 @@ def offloaded(config: VllmConfig, offloading: OffloadingConfig) -> dict[str, Any
 
 
 def model_identity(config: VllmConfig) -> dict[str, Any]:
-    """Namespace fields that say which model it is."""
-    model = config.model_config
+    """Namespace fields that say which model it is, besides its weights. A model's name, a path and
+    its spelling are not among them."""
+    fields = config.model_config.hf_config.to_dict()
+    fields.pop("auto_map", None)  # where code of the model's own lies; see `held.py` for the code
     return {
-        "model": _model_name(model.model),
-        "weights": _weights(config),
-        "revision": str(model.revision or ""),
-        "positions": digest(_positions(model)),
+        "model": " ".join(fields.get("architectures") or ["unknown"]),
+        "positions": config_digest(fields),
     }
 
 
@@ -70,12 +65,7 @@ def number_identity(config: VllmConfig) -> dict[str, str]:
         "vllm": vllm.__version__,
         "quantization": f"{model.quantization} {model.dtype}",
         "cache": f"{config.cache_config.cache_dtype}",
-        "overrides": digest(repr(model.hf_overrides)),
     }
-
-
-def _model_name(model: str) -> str:
-    return Path(model).name if Path(model).is_dir() else model
 
 
 def memory_format(config: VllmConfig, kv: KVCacheConfig | OffloadingConfig, spec: Any) -> str:
@@ -99,57 +89,7 @@ def hash_identity(config: VllmConfig, tokens: int) -> str:
     return f"{algorithm} {get_none_hash_seed()!r} {tokens}"
 
 
-def _positions(model: Any) -> dict[str, Any]:
-    """The model's config. LongRoPE has factors for short and for long prompts, and vLLM takes those
-    of the longest prompt that it would serve."""
-    fields = dict(model.hf_config.to_dict())
-    for name in ("_name_or_path", "transformers_version"):
-        fields.pop(name, None)
-    if has_rope(fields, "longrope"):
-        fields["max_model_len"] = model.max_model_len
-    return fields
-
-
-def has_rope(fields: dict[str, Any], *kinds: str) -> bool:
-    """Whether a model's config names one of these kinds of rotary embeddings."""
-    text = json.dumps(fields, default=str)
-    return any(f'"{kind}"' in text for kind in kinds)
-
-
 def digest(value: Any) -> str:
     """128 bits that stand for a text, or for what JSON makes of a value."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _weights(config: VllmConfig) -> str:
-    """A fingerprint of the weights: of a directory's files, or the commit of a hub's snapshot.
-
-    Raises ConfigError where neither tells what they are.
-    """
-    model = config.model_config
-    if str(config.load_config.load_format) == "dummy":
-        return f"dummy {model.seed}"
-    path = Path(model.model)
-    if path.exists():
-        return _files(path)
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    if not commit:
-        raise ConfigError(f"nothing tells which weights {model.model} are")
-    return str(commit)
-
-
-def _files(path: Path) -> str:
-    """Of names, sizes and samples of all weights, so that gigabytes take a second."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix in _WEIGHTS and file.is_file()]
-    if not files:
-        raise ConfigError(f"no weights in {path}: nothing tells which they are")
-    state = hashlib.blake2b(digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        state.update(f"{file.name if path.is_dir() else ''} {size}\n".encode())
-        with file.open("rb") as data:
-            for start in (*range(0, size, _STEP), max(0, size - _SAMPLE)):
-                state.update(os.pread(data.fileno(), _SAMPLE, start))
-    return state.hexdigest()

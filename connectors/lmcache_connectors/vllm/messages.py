@@ -18,8 +18,8 @@ class Metadata(KVConnectorMetadata):
 
     loads: list[Chunks] = field(default_factory=list)
     stores: list[Chunks] = field(default_factory=list)
-    weights: int = 0
-    """How often the weights had changed, as far as the scheduler knew."""
+    weights: str = ""
+    """What the workers compute with; "" where that is not known, and nothing is moved."""
     idle: bool = False
     """Whether vLLM computes nothing in this step."""
     number: int = 0
@@ -32,8 +32,8 @@ class Report(KVConnectorWorkerMetadata):
 
     step: int = 0
     """Its number."""
-    weights: int = 0
-    """How often its weights have changed."""
+    adapters: set[int] = field(default_factory=set)
+    """Numbers of LoRA adapters that are not what the scheduler thought."""
     loads: list[tuple[int, int, float]] = field(default_factory=list)
     """Loads that ended, told by the first rank for all: their slowest tier, the tokens that came,
     seconds."""
@@ -45,7 +45,7 @@ class Report(KVConnectorWorkerMetadata):
             return self
         return Report(
             self.step,
-            max(self.weights, other.weights),
+            self.adapters | other.adapters,
             self.loads + other.loads,
             self.off or other.off,
         )

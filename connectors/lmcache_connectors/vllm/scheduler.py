@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,17 +19,18 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockStored, KVCacheEvent
-from vllm.lora.request import LoRARequest
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
 from lmcache_connectors.vllm import cache
-from lmcache_connectors.vllm.adapters import Adapters
-from lmcache_connectors.vllm.chunks import Chunks
+from lmcache_connectors.vllm.chunks import Adapter, Chunks
 from lmcache_connectors.vllm.lookup import Found, Lookup
 from lmcache_connectors.vllm.messages import Metadata, Report
+from lmcache_connectors.vllm.own_cache import OwnCache
+from lmcache_connectors.vllm.weights import Workers
 from lmcache_core import TierInfo
 from lmcache_core.connector import LOG, DaemonPool, Steps, chunk_ends
 
@@ -54,6 +54,7 @@ class _Known:
     reads: bool
     """Whether it may load. A load that failed is not tried again."""
     salt: str
+    adapter: Adapter | None
     lookup: Future[Found] | None = None
     asked: tuple[int, int] = (0, 0)
     """Hashed and usable tokens that the lookup was about."""
@@ -79,8 +80,9 @@ class Scheduler:
         self._cache = cache.acquire(config, kv)
         try:
             self._shape = self._cache.shape(config, kv)
-            world = config.parallel_config.tensor_parallel_size
-            self._ranks = [self._shape.groups(rank) for rank in range(world)]
+            self._world = config.parallel_config.tensor_parallel_size
+            self._workers = Workers()
+            self._use(self._workers.weights())
             self._lookups = DaemonPool("lmcache-vllm-lookup", LOOKUPS)
             self._lookups.start()
         except BaseException:
@@ -88,20 +90,16 @@ class Scheduler:
             raise
         self._chunk, self._hashed = self._shape.chunk, self._shape.hashed
         self._unit = self._shape.unit
-        self._lookup = Lookup(
-            self._ranks,
-            self._cache.engine.locate,
-            chunk=self._chunk,
-            hashed=self._hashed,
-            unit=self._unit,
-        )
+        self._blocks = [part.block for part in self._shape.parts]
+        self._first = self._weights
+        """What `share_as` stands for."""
         self._patience = INLINE_SECONDS
         """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}
         self._loads: list[Chunks] = []
-        self._adapters = Adapters()
-        self._epoch = ""
-        self._weights = 0
+        self._own_cache = OwnCache()
+        self._adapters: dict[str, str] = {}
+        """What each name stood for last: vLLM's own cache knows adapters by it."""
         self._step = 0
         self._steps = Steps(self._cache.engine.load_gate)
         events = config.kv_events_config
@@ -114,19 +112,62 @@ class Scheduler:
             tiers, self._chunk, self._shape.bytes_per_chunk / 1e6,
         )  # fmt: skip
 
-    def adapter(self, lora: LoRARequest) -> None:
-        """An adapter is loaded: from now on these files are what vLLM computes with."""
-        self._adapters.fingerprint(lora)
+    def bind(self, blocks: KVCacheManager) -> None:
+        """VLLM tells where it manages its blocks."""
+        self._own_cache.blocks = blocks
+
+    # What the workers compute with
+
+    def _use(self, weights: str) -> None:
+        """Look up and store what belongs to these. Raises ConfigError."""
+        ranks = [self._shape.groups(n, weights) for n in range(self._world)] if weights else []
+        self._weights, self._ranks = weights, ranks
+        self._lookup = Lookup(
+            ranks,
+            self._cache.engine.locate,
+            chunk=self._shape.chunk,
+            hashed=self._shape.hashed,
+            unit=self._shape.unit,
+        )
+
+    def _look(self) -> bool:
+        """See what the workers compute with now. Returns whether that is known."""
+        weights = self._workers.weights()
+        if weights != self._weights:
+            self._changed()
+            try:
+                self._use(weights)
+            except Exception as error:  # a plugin's, which has a say in namespaces
+                LOG.warn("vLLM weights", f"lmcache-core rests: {error!r}")
+                self._weights = weights
+                self._ranks = []
+        return bool(self._ranks)
+
+    def _changed(self) -> None:
+        """What runs was computed with other weights, or another adapter, than it will be."""
+        self._requests.clear()
+        self._own_cache.outdate()
+        if self._events is not None:
+            self._events.append(AllBlocksCleared())
 
     # Looking up
 
     def begin(self, request: Request) -> None:
         """A request arrived: look its prefix up while it waits for its turn."""
-        adapter = self._adapters.fingerprint(request.lora_request)
-        if adapter is None or not self._shape.knows(request):
+        self._own_cache.begin(request.request_id)
+        if not self._look() or not self._shape.knows(request):
             return
+        lora = request.lora_request
+        adapter = self._workers.adapter(lora) if lora else None
+        if lora and adapter is None:
+            return
+        if adapter and self._adapters.setdefault(lora.lora_name, adapter.digest) != adapter.digest:
+            self._adapters[lora.lora_name] = adapter.digest
+            self._changed()
         reads = self._transfer.is_kv_consumer and not request.skip_reading_prefix_cache
-        known = _Known(request, reads, adapter + self._epoch)
+        shared = self._shape.share_as and self._weights == self._first
+        salt = "" if shared or not self._shape.share_as else self._weights
+        known = _Known(request, reads, (adapter.digest if adapter else "") + salt, adapter)
         self._requests[request.request_id] = known
         if reads:
             self._ask(known)
@@ -146,7 +187,11 @@ class Scheduler:
 
     def match(self, request: Request, computed: int) -> int | None:
         """Tokens beyond `computed` that can be loaded; None while that is being found out."""
+        self._look()
         known = self._requests.get(request.request_id)
+        if known is not None and computed and self._own_cache.outdated:
+            del self._requests[request.request_id]  # what it goes on from is not to be stored
+            return 0
         if known is None or not known.reads:
             return 0
         lookup = self._ask(known)
@@ -194,7 +239,7 @@ class Scheduler:
         end = min(found.tokens, found.usable)
         chunks = self._chunks(known, end - external, end, found.ends, block_ids)
         chunks.tiers = found.tiers
-        first = chunks.first_block(0, self._ranks[0][0].block)
+        first = chunks.first_block(0, self._blocks[0])
         known.loading = frozenset(chunks.block_ids[0][first:])
         known.sources = self._by_tier(found, end - external, end)
         for tier, tokens in known.sources:
@@ -225,7 +270,6 @@ class Scheduler:
         block_ids: tuple[list[int], ...],
     ) -> Chunks:
         hashes = self._shape.hashes(known.request)
-        groups = self._ranks[0]
         return Chunks(
             request=known.request.request_id,
             salt=known.salt,
@@ -234,15 +278,17 @@ class Scheduler:
             begin=begin,
             end=end,
             block_ids=tuple(
-                list(ids[: end // group.block])
-                for ids, group in zip(block_ids, groups, strict=True)
+                list(ids[: end // block])
+                for ids, block in zip(block_ids, self._blocks, strict=True)
             ),
+            adapter=known.adapter,
         )
 
     # Storing
 
     def step(self, output: SchedulerOutput) -> Metadata:
         """What the workers have to do in the step that `output` describes."""
+        self._look()
         loads, self._loads = self._loads, []
         self._patience = INLINE_SECONDS
         stores: list[Chunks] = []
@@ -300,9 +346,9 @@ class Scheduler:
             self._steps.end(report.step)
             for load in report.loads:
                 self._cache.engine.load_gate.record_load(*load)
-            if report.weights > self._weights:
-                self._weights = report.weights
-                self.reset()
+            if report.adapters:
+                self._workers.forget_adapters(report.adapters)
+                self._changed()
         failed = frozenset(output.invalid_block_ids or ())
         for known in self._requests.values() if failed or output.failed_recving else ():
             name = known.request.request_id
@@ -311,17 +357,17 @@ class Scheduler:
 
     def end(self, request: Request) -> dict[str, Any] | None:
         """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
+        self._own_cache.end(request.request_id)
         known = self._requests.pop(request.request_id, None)
         if known is None or known.handled is None or self._transfer.is_kv_consumer:
             return None
         return {ANNOUNCED: known.handled}
 
     def reset(self) -> bool:
-        """From now on share nothing with what was stored so far, nor store what runs."""
-        self._epoch = f" {uuid.uuid4()}"
-        self._requests.clear()
-        if self._events is not None:
-            self._events.append(AllBlocksCleared())
+        """VLLM has emptied its own cache, as those do who write to weights past it: see what they
+        are now. What is stored belongs to what it was computed with."""
+        self._workers.forget()
+        self._own_cache.reset()
         return True
 
     def _announce(self, known: _Known, begin: int, end: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -23,7 +23,6 @@ from lmcache_connectors._sharing import shared_namespace
 from lmcache_connectors.vllm.chunks import Group
 from lmcache_connectors.vllm.identity import (
     digest,
-    has_rope,
     hash_identity,
     memory_format,
     model_identity,
@@ -31,13 +30,31 @@ from lmcache_connectors.vllm.identity import (
 )
 from lmcache_connectors.vllm.packing import Packing
 from lmcache_connectors.vllm.packing import packing as packing_of
-from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup
+from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup, Weights
+from lmcache_core.connector import depends_on_length
 
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
 within a chunk reuses nothing of that chunk, so chunks stay small."""
-_BY_LENGTH = ("longrope", "dynamic")
-"""Rotary embeddings that Transformers scales by a prompt's length, and vLLM once for all."""
+
+
+class Part(NamedTuple):
+    """How a KV cache group is cut."""
+
+    names: tuple[str, ...]
+    """Of its layers."""
+    spec: Any
+    """VLLM's."""
+    layout: KVLayout
+    window: int | None
+    """Tokens that its layers attend to; None for all."""
+    packing: Packing | None
+    """How chunks come of blocks, where they are not just their bytes."""
+
+    @property
+    def block(self) -> int:
+        """Tokens of a block."""
+        return int(self.spec.block_size)
 
 
 class Shape:
@@ -66,7 +83,8 @@ class Shape:
         if not config.model_config.is_prefix_caching_supported:
             raise ConfigError("vLLM needs the whole prompt of this model, no prefix can be reused")
         self._config, self._kv, self._engine = config, kv, engine
-        self._model = model_identity(config)
+        if getattr(config.cache_config, "calculate_kv_scales", False):
+            raise ConfigError("calculate_kv_scales: each engine would scale KV by its first prompt")
         self._looked_at = looked_at
         self.share_as = share_as(config)
         self.chunk = engine.chunk_size
@@ -87,7 +105,7 @@ class Shape:
             )
         if self.share_as and (len(blocks) > 1 or parallel.world_size > 1):
             raise ConfigError("share_as: expected one KV cache group on one device")
-        if self.share_as and has_rope(config.model_config.hf_config.to_dict(), *_BY_LENGTH):
+        if self.share_as and depends_on_length(config.model_config.hf_config.to_dict()):
             raise ConfigError("share_as: positions that change with a prompt are not shared")
 
     def hashed_tokens(self, request: Request) -> int:
@@ -101,7 +119,7 @@ class Shape:
             hashes: Sequence[bytes] = request.block_hashes
             return hashes
         tokens = request.all_token_ids[: self.hashed_tokens(request)]
-        return self.groups(0)[0].namespace.keys(tokens, self.chunk)
+        return self.groups(0, "")[0].namespace.keys(tokens, self.chunk)
 
     def knows(self, request: Request) -> bool:
         """Whether `hashes` stand for all that a request's KV depends on."""
@@ -113,34 +131,46 @@ class Shape:
         """Of one worker, over all groups."""
         return _bytes_per_token(self._kv) * self.chunk
 
-    @lru_cache(maxsize=8)  # noqa: B019 - lives as long as the connector
-    def groups(self, rank: int) -> list[Group]:
-        """The KV cache groups of worker `rank`, in vLLM's order."""
-        return [self._group(each, rank) for each in self._kv.kv_cache_groups]
+    @cached_property
+    def parts(self) -> list[Part]:
+        """How each KV cache group is cut, in vLLM's order."""
+        return [self._part(group) for group in self._kv.kv_cache_groups]
 
-    def _group(self, group: Any, rank: int) -> Group:
-        config, kv, spec = self._config, self._kv, group.kv_cache_spec
+    def _part(self, group: Any) -> Part:
+        spec = group.kv_cache_spec
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else None
         packing = self._packing(spec) if self._looked_at else None
         layout = KVLayout(groups=(_layer_group(group.layer_names, spec, packing),))
+        return Part(tuple(group.layer_names), spec, layout, window, packing)
+
+    @lru_cache(maxsize=8)  # noqa: B019 - lives as long as the connector
+    def groups(self, rank: int, weights: str) -> list[Group]:
+        """The KV cache groups of worker `rank`, in vLLM's order. `weights` stands for what all
+        workers compute with."""
+        return [self._group(part, rank, weights) for part in self.parts]
+
+    def _group(self, part: Part, rank: int, weights: str) -> Group:
+        config, spec = self._config, part.spec
         if self.share_as:
             text = config.model_config.hf_text_config
-            namespace = shared_namespace(self._engine, self.share_as, text, layout)
-            return Group(namespace, spec.block_size, window, packing, keyed=True)
+            namespace = shared_namespace(self._engine, self.share_as, text, part.layout)
+            return Group(namespace, part.block, part.window, keyed=True)
+        packed = "canonical" if part.packing else memory_format(config, self._kv, spec)
         namespace = self._engine.namespace(
-            **self._model,
-            layout=layout,
+            **model_identity(config),
+            weights=Weights(digest=weights),
+            layout=part.layout,
             rank=rank,
             world=config.parallel_config.tensor_parallel_size,
-            memory_format="canonical" if packing else memory_format(config, kv, spec),
+            memory_format=packed,
             extra={
                 **number_identity(config),
-                "group": digest([group.layer_names, repr(spec)]),
+                "group": digest([part.names, repr(spec)]),
                 "hashes": hash_identity(config, self.vllm_hashed),
                 "chunk": str(self.chunk),
             },
         )
-        return Group(namespace, spec.block_size, window, packing)
+        return Group(namespace, part.block, part.window)
 
     def _packing(self, spec: Any) -> Packing:
         """How vLLM packs keys and values. Raises ConfigError where that is not known."""

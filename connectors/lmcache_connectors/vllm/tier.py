@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
@@ -38,7 +37,8 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 import lmcache_core
 from lmcache_connectors.vllm.identity import offloaded
-from lmcache_core import CacheEngine, ChunkKey, Config, ConfigError, TensorsToTensors
+from lmcache_connectors.vllm.weights import Workers
+from lmcache_core import ChunkKey, Config, ConfigError, TensorsToTensors, Weights
 from lmcache_core.connector import LOG, DaemonPool, Rows, go_on_without, is_strict, read_config
 
 log = logging.getLogger("vllm.lmcache_core")
@@ -80,12 +80,12 @@ class LmcacheCoreTier(SecondaryTierManager):
         that it follows."""
         self._loaders = DaemonPool("lmcache-vllm-load", LOADERS)
         self._storer = DaemonPool("lmcache-vllm-store", 1)
-        self._rows: Rows | None = None
+        self._rows: _Offloaded | None = None
         try:
             self._loaders.start()
             self._storer.start()
             settings = _settings(config, strict)
-            self._cache, self._rows = _open(offloading_spec, primary_kv_view, settings)
+            self._rows = _Offloaded(offloading_spec, primary_kv_view, settings)
         except Exception as error:
             self._loaders.close()
             self._storer.close()
@@ -97,7 +97,7 @@ class LmcacheCoreTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
-        if self._rows is None:
+        if self._rows is None or self._rows.use(moves=False) is None:
             return LookupResult.MISS
         found = self._lookups.lookup(key, req_context)
         if found is None:
@@ -111,13 +111,14 @@ class LmcacheCoreTier(SecondaryTierManager):
         self._submit(job_metadata, self._storer, Rows.store)
 
     def _submit(self, job: TransferJob, workers: DaemonPool, move: _Move) -> None:
-        if self._rows is None:
+        rows = self._rows.use() if self._rows else None
+        if rows is None:
             self._jobs[job.job_id] = job, _nothing()
             return
         chain = self._chains[job.req_context.req_id]
         first = len(chain)
-        chain += self._rows.keys(list(job.keys))
-        work = partial(_timed, move, self._rows, tuple(chain), first, job.chunk_ids.tolist())
+        chain += rows.keys(list(job.keys))
+        work = partial(_timed, move, rows, tuple(chain), first, job.chunk_ids.tolist())
         self._jobs[job.job_id] = job, workers.submit(work)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
@@ -127,7 +128,7 @@ class LmcacheCoreTier(SecondaryTierManager):
     def _result(self, job: TransferJob, future: Future[_Outcome]) -> JobResult:
         keys = list(job.keys)
         count, seconds = future.result()
-        if job.is_promotion:
+        if job.is_promotion and self._rows is not None:
             self._lookups.mark_miss(keys[count:])  # or vLLM would try again and again
         return JobResult(
             job.job_id,
@@ -147,12 +148,12 @@ class LmcacheCoreTier(SecondaryTierManager):
             self._lookups.flush()
 
     def drain_jobs(self) -> None:
-        """VLLM resets its caches, as it does when weights change: wait for all jobs, then share
-        nothing with what was stored so far."""
+        """VLLM resets its caches, as it does when weights change: wait for all jobs, then see what
+        its workers compute with."""
         wait([future for _, future in self._jobs.values()])
         self._chains.clear()
         if self._rows is not None:
-            self._rows.rename(adapter=f"{uuid.uuid4()}")
+            self._rows.reset()
 
     def shutdown(self) -> None:
         rows, self._rows = self._rows, None
@@ -162,34 +163,73 @@ class LmcacheCoreTier(SecondaryTierManager):
         wait([future for _, future in self._jobs.values()])
         self._loaders.close()
         self._storer.close()
-        self._cache.close()
         rows.close()
 
 
-def _open(spec: OffloadingSpec, view: memoryview, config: Config) -> tuple[CacheEngine, Rows]:
-    """The cache, and vLLM's rows of host memory before it. Raises ConfigError."""
-    vllm_config = get_current_vllm_config_or_none()
-    if vllm_config is None:
-        raise ConfigError("vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?")
-    rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
-    fields = offloaded(vllm_config, spec.config)
-    cache = lmcache_core.open(config)
-    try:
-        return cache, Rows(rows, cache, fields)
-    except Exception:
-        cache.close()
-        raise
+class _Offloaded:
+    """vLLM's rows of host memory under what its workers compute with. `use` is for the thread that
+    schedules, `contains` for any.
+
+    When weights change, vLLM's own memory still has blocks of the old ones, and hands them on.
+    Until it is reset nothing is stored or found, unless it held nothing.
+    """
+
+    def __init__(self, spec: OffloadingSpec, view: memoryview, config: Config) -> None:
+        """Raises ConfigError."""
+        self._workers = Workers()
+        self._weights = self._workers.weights()
+        if not self._weights:
+            raise ConfigError("nobody can tell what vLLM computes with")
+        self._empty = True
+        """Whether vLLM has offloaded nothing since it was reset."""
+        vllm_config = get_current_vllm_config_or_none()
+        if vllm_config is None:
+            raise ConfigError(
+                "vLLM did not load the plugin lmcache_core; does VLLM_PLUGINS name it?"
+            )
+        rows = torch.from_numpy(np.asarray(view)).view(torch.uint8)
+        fields = offloaded(vllm_config, spec.config)
+        self._cache = lmcache_core.open(config)
+        try:
+            named = {**fields, "weights": Weights(digest=self._weights)}
+            self._rows = Rows(rows, self._cache, named)
+        except Exception:
+            self._cache.close()
+            raise
+
+    def use(self, moves: bool = True) -> Rows | None:
+        """The rows, to find some, or to move some; None for now."""
+        weights = self._workers.weights()
+        if weights and weights != self._weights and self._empty:
+            self._weights = weights
+            self._rows.rename(weights=Weights(digest=weights))
+        self._empty = self._empty and not moves
+        return self._rows if weights == self._weights else None
+
+    def reset(self) -> None:
+        """VLLM's memory is empty: see what its workers compute with."""
+        self._workers.forget()
+        self._empty = True
+
+    def contains(self, keys: Sequence[OffloadKey]) -> list[bool]:
+        """Which of vLLM's keys are stored."""
+        return self._rows.contains(self._rows.keys(keys))
+
+    def close(self) -> None:
+        """Write what was promised and release vLLM's memory."""
+        self._cache.close()
+        self._rows.close()
 
 
 class _Lookups(AsyncLookupManager):
     """vLLM's background lookups, one batch for each request of a step."""
 
-    def __init__(self, tier_type: str, rows: Rows) -> None:
+    def __init__(self, tier_type: str, rows: _Offloaded) -> None:
         self._rows = rows
         super().__init__(tier_type)
 
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
-        return self._rows.contains(self._rows.keys(list(keys)))
+        return self._rows.contains(keys)
 
 
 _Move = Callable[[Rows, tuple[ChunkKey, ...], int, Sequence[int]], int]

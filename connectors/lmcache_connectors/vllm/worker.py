@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -19,12 +19,14 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
-from lmcache_connectors.vllm import cache, weights
-from lmcache_connectors.vllm.chunks import Chunks, all_or_nothing
+from lmcache_connectors.vllm import cache
+from lmcache_connectors.vllm.chunks import Chunks, Group, all_or_nothing
 from lmcache_connectors.vllm.memory import GroupMemory
 from lmcache_connectors.vllm.messages import Metadata, Report
 from lmcache_connectors.vllm.packing import Packing, layer_write, prove
-from lmcache_core import LOG, ConfigError, DaemonPool, Hit, Tensors, run_threads_on, side_stream
+from lmcache_connectors.vllm.weights import adapter_here
+from lmcache_core import ConfigError, Hit, Tensors
+from lmcache_core.connector import LOG, DaemonPool, run_threads_on, side_stream, whole
 
 LOADS = 8
 """Requests whose KV is loaded at once."""
@@ -45,21 +47,45 @@ def spare_cores() -> set[int]:
     return os.sched_getaffinity(os.getppid())
 
 
+class _Load(NamedTuple):
+    """A load in the background."""
+
+    end: Future[set[int]]
+    """The blocks that did not come."""
+    chunks: Chunks
+    weights: str
+    """What they belong to."""
+
+
+class _Job(NamedTuple):
+    """Blocks of one group that are to be stored."""
+
+    chunks: Chunks
+    ids: list[int]
+    group: Group
+    memory: GroupMemory
+
+
 class Worker:
-    """Of one rank."""
+    """The side of one rank."""
 
     def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
         """Raises ConfigError for what cannot be stored, RuntimeError where no thread can be had."""
         self._config, self._kv = config, kv
         self._memory: list[GroupMemory] = []
-        self._loads: dict[str, Future[set[int]]] = {}
+        self._loads: dict[str, _Load] = {}
         self._failed_blocks: set[int] = set()
         self._whole = False
         """Whether a load is of use only if all of it comes."""
         self._ended: list[tuple[int, int, float]] = []
         """Loads of which the scheduler has not heard; see `Report`."""
         self._staged: list[Future[None]] = []
-        self._weights = weights.changes()
+        self._weights = ""
+        """What the scheduler knew of weights in the last step."""
+        self._groups: list[Group] = []
+        """Whose KV that is; none while nobody can tell."""
+        self._others: set[int] = set()
+        """Adapters that are not what the scheduler thought, of which it has not heard."""
         run_threads_on(spare_cores())
         self._cache = cache.acquire(config, kv)
         self._loaders = DaemonPool("lmcache-vllm-load", LOADS)
@@ -74,19 +100,18 @@ class Worker:
     def use(self, layers: Mapping[str, torch.Tensor]) -> None:
         """Move blocks of these from now on. Raises ConfigError where they are not understood."""
         self._rank = get_tensor_model_parallel_rank()
-        shape = self._cache.shape(self._config, self._kv)
-        self._chunk = shape.chunk
-        self._groups = shape.groups(self._rank)
-        for spec, group in zip(self._kv.kv_cache_groups, self._groups, strict=True):
-            layout = group.namespace.layout.groups[0]
-            mine = [layers[name] for name in spec.layer_names]
-            memory = GroupMemory(mine, layout, group.block, group.packing)
+        self._shape = self._cache.shape(self._config, self._kv)
+        self._chunk = self._shape.chunk
+        for part in self._shape.parts:
+            layout = part.layout.groups[0]
+            mine = [layers[name] for name in part.names]
+            memory = GroupMemory(mine, layout, part.block, part.packing)
             memory.prove()
-            if group.packing and layout.value_dim:
-                self._prove_packing(group.packing, spec.layer_names[0], mine[0])
+            if part.packing and layout.value_dim:
+                self._prove_packing(part.packing, part.names[0], mine[0])
             self._memory.append(memory)
-        self._whole = all_or_nothing(self._groups)
-        self._cache.engine.warm([group.namespace for group in self._groups])
+        self._whole = all_or_nothing([part.window for part in self._shape.parts])
+        self._cache.engine.warm([part.layout for part in self._shape.parts])
 
     def _prove_packing(self, packing: Packing, name: str, memory: torch.Tensor) -> None:
         """See that the layer itself writes keys and values so. Raises ConfigError."""
@@ -98,25 +123,50 @@ class Worker:
 
     def begin(self, step: Metadata) -> None:
         """Start the step's loads."""
+        if step.weights != self._weights:
+            self._weights = step.weights
+            self._groups = self._shape.groups(self._rank, step.weights) if step.weights else []
         for chunks in step.loads:
-            load = partial(self._load, chunks, step.weights != self._weights_now())
-            self._loads[chunks.request] = self._loaders.submit(load)
+            work = partial(self._load, chunks, [] if self._other(chunks) else self._groups)
+            load = _Load(self._loaders.submit(work), chunks, self._weights)
+            self._loads[chunks.request] = load
         if step.idle and self._loads:
-            wait(self._loads.values(), IDLE_SECONDS, return_when="FIRST_COMPLETED")
+            ends = [load.end for load in self._loads.values()]
+            wait(ends, IDLE_SECONDS, return_when="FIRST_COMPLETED")
 
-    def _load(self, chunks: Chunks, stale: bool) -> set[int]:
-        """Returns the blocks that did not come."""
+    def _other(self, chunks: Chunks) -> bool:
+        """Whether the chunks are of an adapter that is another one here, or gone."""
+        adapter = chunks.adapter
+        if adapter is None or adapter_here(adapter.number) == adapter.ranks[self._rank]:
+            return False
+        self._others.add(adapter.number)
+        return True
+
+    def _load(self, chunks: Chunks, groups: Sequence[Group]) -> set[int]:
+        """Load what belongs to `groups`; with none, nothing. Returns the blocks that did not
+        come."""
         began, pays = time.perf_counter(), self._cache.engine.load_gate
         begun = pays.begin()
-        missing = [self._load_group(n, chunks, stale) for n in range(len(self._groups))]
+        missing = [self._load_group(n, group, chunks) for n, group in enumerate(groups)]
         seconds = pays.end(begun)
-        if self._rank == 0 and not stale:  # one load, however many ranks; none that read nothing
+        if self._rank == 0 and groups:  # one load, however many ranks; none that read nothing
             self._ended.append((self._slowest(chunks), self._came(chunks, missing), seconds))
         self._cache.count("loads", 1)
         self._cache.count("load_seconds", time.perf_counter() - began)
-        if any(missing):
+        if any(missing) or not groups:
             self._cache.count("failed_loads", 1)
+        if not groups:
+            return self._blocks(chunks)
         return {block for blocks in missing for block in blocks}
+
+    def _blocks(self, chunks: Chunks) -> set[int]:
+        """All that a load is to fill."""
+        cut = [(n, part.block) for n, part in enumerate(self._shape.parts)]
+        return {
+            each
+            for n, block in cut
+            for each in chunks.block_ids[n][chunks.first_block(n, block) : chunks.end // block]
+        }
 
     def _came(self, chunks: Chunks, missing: Sequence[Sequence[int]]) -> int:
         """Tokens that vLLM need not compute, where these blocks of each group did not come."""
@@ -131,9 +181,9 @@ class Worker:
         slowest: int = max(tier for row in chunks.tiers[self._rank] for tier in row[first:])
         return slowest
 
-    def _load_group(self, number: int, chunks: Chunks, stale: bool) -> list[int]:
+    def _load_group(self, number: int, group: Group, chunks: Chunks) -> list[int]:
         """The blocks of a group that did not come."""
-        group, memory, ids = self._groups[number], self._memory[number], chunks.block_ids[number]
+        memory, ids = self._memory[number], chunks.block_ids[number]
         done = first = chunks.first_block(number, group.block)
         last = chunks.end // group.block
         place = chunks.place(first * group.block)
@@ -141,7 +191,7 @@ class Worker:
         hit = Hit(tuple(keys), tuple(chunks.tiers[self._rank][number]))
         try:
             with side_stream(memory.device):
-                for chunk in () if stale else self._cache.engine.load(hit, start=place):
+                for chunk in self._cache.engine.load(hit, start=place, shared=True):
                     start = chunks.start(place, self._chunk) // group.block
                     end = min(chunks.ends[place] // group.block, last)
                     for block in range(max(first, start), end):
@@ -154,10 +204,12 @@ class Worker:
 
     def results(self) -> tuple[set[str], set[str]]:
         """Requests whose loads have ended, and those of them that must be computed anew."""
-        ended = {name for name, load in self._loads.items() if load.done()}
+        ended = {name for name, load in self._loads.items() if load.end.done()}
         failed: set[str] = set()
         for name in ended:
-            missing = self._loads.pop(name).result()
+            load = self._loads.pop(name)
+            current = load.weights == self._weights  # else they were changed meanwhile
+            missing = load.end.result() if current else self._blocks(load.chunks)
             if missing and self._whole:
                 failed.add(name)
             elif missing:
@@ -173,18 +225,23 @@ class Worker:
 
     def store(self, step: Metadata) -> None:
         """Store the blocks that a step has filled. What cannot be stored is dropped and counted."""
-        if not step.stores or step.weights != self._weights_now():
+        jobs = [
+            _Job(chunks, chunks.block_ids[n], group, self._memory[n])
+            for chunks in step.stores
+            if not self._other(chunks)
+            for n, group in enumerate(self._groups)
+        ]
+        if not jobs:
             return
-        jobs = [(n, chunks) for chunks in step.stores for n in range(len(self._memory))]
         if self._memory[0].device.type == "cpu":
-            for number, chunks in jobs:
-                self._store_group(number, chunks, self._memory[number])
+            for job in jobs:
+                self._store_group(job)
             return
         # Copied on the device, in the order of its work, so that vLLM may overwrite the blocks at
         # once; from there to the host while it computes on.
         self._staged = [job for job in self._staged if not job.done()]
         try:
-            staged = len(self._staged) < STAGED and [self._stage(*job) for job in jobs]
+            staged = len(self._staged) < STAGED and [self._stage(job) for job in jobs]
         except torch.OutOfMemoryError:  # vLLM's work comes first
             staged = False
         if staged:
@@ -192,37 +249,36 @@ class Worker:
         else:
             self._cache.count("stores_skipped", len(step.stores))
 
-    def _stage(self, number: int, chunks: Chunks) -> tuple[int, Chunks, GroupMemory]:
-        """The blocks of a group that are to be stored, copied on the device."""
-        first = chunks.begin // self._chunk * self._chunk // self._groups[number].block
-        return number, chunks, self._memory[number].staged(chunks.block_ids[number][first:])
+    def _stage(self, job: _Job) -> _Job:
+        """The blocks that are to be stored, copied on the device."""
+        first = job.chunks.begin // self._chunk * self._chunk // job.group.block
+        return job._replace(memory=job.memory.staged(job.ids[first:]))
 
-    def _store_staged(self, staged: list[tuple[int, Chunks, GroupMemory]]) -> None:
+    def _store_staged(self, staged: list[_Job]) -> None:
         """Store what a step has filled; the device's copies go one after the other."""
         while staged:
-            self._store_group(*staged.pop(0))
+            self._store_group(staged.pop(0))
 
-    def _store_group(self, number: int, chunks: Chunks, memory: GroupMemory) -> None:
+    def _store_group(self, job: _Job) -> None:
+        chunks, memory = job.chunks, job.memory
         began = time.perf_counter()
         whole = [p for p, end in enumerate(chunks.ends) if end % self._chunk == 0]
         new = [n for n, p in enumerate(whole) if chunks.ends[p] > chunks.begin]
         try:
             with side_stream(memory.device, memory.ready):
                 if new:
-                    self._store_places(number, chunks, memory, whole, new[0])
+                    self._store_places(job, whole, new[0])
                 for place, end in enumerate(chunks.ends):
                     if end > chunks.begin and end % self._chunk:
                         before = [p for p in whole if p < place]
-                        self._store_places(number, chunks, memory, [*before, place], len(before))
+                        self._store_places(job, [*before, place], len(before))
         except Exception as error:  # a block that is not stored is computed again one day
             LOG.warn("vLLM store", f"vLLM: a store failed: {error!r}")
         self._cache.count("store_seconds", time.perf_counter() - began)
 
-    def _store_places(
-        self, number: int, chunks: Chunks, memory: GroupMemory, places: Sequence[int], first: int
-    ) -> None:
+    def _store_places(self, job: _Job, places: Sequence[int], first: int) -> None:
         """Store the chunks at `places`, a sequence, from its `first` on; they are of one length."""
-        group, ids = self._groups[number], chunks.block_ids[number]
+        chunks, ids, group, memory = job
 
         def blocks(n: int) -> list[int]:
             start = chunks.start(places[n], self._chunk)
@@ -233,6 +289,7 @@ class Worker:
         if first == len(places):
             return
 
+        @whole
         def gather(n: int, out: Tensors) -> None:
             memory.gather(blocks(n), out)
 
@@ -246,13 +303,11 @@ class Worker:
 
     # What else the scheduler hears
 
-    def _weights_now(self) -> int:
-        return weights.changes() - self._weights
-
     def report(self, step: int) -> Report:
         """What the scheduler is to hear of a step."""
         loads, self._ended = self._ended, []
-        return Report(step, self._weights_now(), loads)
+        others, self._others = self._others, set()
+        return Report(step, others, loads)
 
     def news(self) -> dict[str, float]:
         """What was counted since the last call."""
@@ -265,7 +320,7 @@ class Worker:
 
     def close(self) -> None:
         """Write what was promised and release the tiers."""
-        jobs: list[Future[Any]] = [*self._loads.values(), *self._staged]
+        jobs: list[Future[Any]] = [*(load.end for load in self._loads.values()), *self._staged]
         wait(jobs, 1.0)
         self._loaders.close()
         self._storer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from lmcache_connectors.vllm import weights as observed
 from lmcache_connectors.vllm.tier import LmcacheCoreTier
+from lmcache_connectors.vllm.weights import weights_of
 from tests.e2e.vllm.conftest import BLOCK
 
 PATIENCE = 20.0
@@ -118,10 +121,29 @@ def vllm_config(model: Path, **options: Any) -> VllmConfig:
     return EngineArgs(model=str(model), **{**settings, **options}).create_engine_config()
 
 
+class Core:
+    """As much of vLLM's engine core as we ask, with a worker that holds `weights`."""
+
+    lmcache_core = 0
+
+    def __init__(self, config: VllmConfig) -> None:
+        self.vllm_config, self.model_executor = config, self
+        self.is_sleeping, self.weights = False, b"some"
+
+    def collective_rpc(self, question: Any, args: tuple[Any, ...]) -> list[Any]:
+        assert question is weights_of
+        return [({"w": self.weights}, 4)]
+
+
 class Offloading:
     """vLLM's tiering manager with our tier, and what its scheduler does with it."""
 
-    def __init__(self, config: VllmConfig, tier: dict[str, Any], rows: int = 8) -> None:
+    def __init__(
+        self, config: VllmConfig, tier: dict[str, Any], rows: int = 8, weights: bytes = b"some"
+    ) -> None:
+        self.core = Core(config)
+        self.core.weights = weights
+        observed._core = weakref.ref(self.core)
         self.spec = TieringOffloadingSpec(_offloading(config, tier, rows))
         with set_current_vllm_config(config):
             self.manager = self.spec.get_manager()
@@ -185,6 +207,7 @@ class Offloading:
 
     def reset(self) -> None:
         """As vLLM does when weights change, with nothing on its way."""
+        self.core.lmcache_core += 1
         self.manager.reset_cache()
         if hasattr(self.manager, "on_reset_flushed"):  # since vLLM 0.33
             self.manager.on_reset_flushed()

@@ -2,55 +2,190 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmcache_connectors.vllm import identity
-from lmcache_connectors.vllm.adapters import Adapters
-from lmcache_core import ConfigError
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
-from tests.e2e.vllm.test_connector import GREEDY, answers, connector, flush, forget, prompt
+from tests.e2e.vllm.test_connector import (
+    GREEDY,
+    answers,
+    connector,
+    flush,
+    forget,
+    prompt,
+)
+
+WHOLE = 199 // BLOCK * BLOCK
+"""What of 200 tokens can be reused."""
 
 
-def test_weights_that_are_loaded_anew_share_nothing_with_the_old_ones(
+def ask(llm: Any, ids: list[int], adapter: Any = None) -> tuple[list[int], int]:
+    """(tokens, how many of the prompt's were not computed)."""
+    asked = [{"prompt_token_ids": ids}]
+    (out,) = llm.generate(asked, GREEDY, lora_request=adapter, use_tqdm=False)
+    return list(out.outputs[0].token_ids), out.num_cached_tokens
+
+
+def known_as(llm: Any) -> str:
+    """What the scheduler knows of the weights."""
+    scheduler = connector(llm)._scheduler
+    scheduler._look()
+    return scheduler._weights
+
+
+def changed(config: Any, fields: dict[str, Any]) -> Any:
+    config.update(fields)
+    return config
+
+
+def moved(name: str, kept: list[Any] | None = None) -> Any:
+    """Adds to the last value of a part of the model, as workers' extensions do it: torch counts no
+    version of that. `kept` gets what puts it back."""
+
+    def write(model: Any) -> None:
+        part, _, key = name.rpartition(".")
+        module = model.get_submodule(part)
+        held = getattr(module, key)
+        if isinstance(held, float):
+            setattr(module, key, held + 0.5)
+            back = partial(setattr, module, key, held)
+        else:
+            back = partial(held.data.copy_, held.data.clone())
+            held.data.view(-1)[-1:].add_(0.5)
+        if kept is not None:
+            kept.append(back)
+
+    return write
+
+
+def test_what_is_computed_is_known_by_content_in_every_process_and_place(
+    llama: Path, disk: dict[str, Any], tmp_path: Path
+) -> None:
+    """A path, its spelling, a link, a name, how much is served: none is part of it."""
+    ids, seen = prompt(200), {}
+    with engine(llama, disk) as llm:
+        cold = ask(llm, ids)
+        seen["as it is"] = known_as(llm)
+        flush(llm)
+    shutil.copytree(llama, tmp_path / "copy")
+    (tmp_path / "link").symlink_to(llama)
+    named = {"served_model_name": "another", "max_num_seqs": 3, "kv_cache_memory_bytes": 20 << 20,
+             "max_model_len": 600, "max_num_batched_tokens": 700, "enable_lora": True}  # fmt: skip
+    for path, options in ((f"{tmp_path}/./copy/", {}), (tmp_path / "link", named)):
+        with engine(path, disk, **options) as llm:
+            assert known_as(llm) == seen["as it is"]
+            assert ask(llm, ids) == (cold[0], WHOLE)
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+    for overrides in ({"rms_norm_eps": 0.1}, rope):
+        with engine(llama, disk, hf_overrides=overrides) as llm:
+            assert known_as(llm) != seen["as it is"]
+            assert ask(llm, ids)[1] == 0
+            flush(llm)
+        with engine(llama, disk, hf_overrides=partial(changed, fields=overrides)) as llm:
+            assert ask(llm, ids)[1] == WHOLE  # said in another way, the same
+
+
+def test_weights_are_observed_whatever_changes_them_and_found_again_when_they_are_back(
     llama: Path, disk: dict[str, Any]
 ) -> None:
-    """vLLM itself goes on using its own prefix cache then; whoever changes weights resets it."""
+    """By a worker's method or somebody's own; one value of a norm, of the embeddings, a number that
+    a module holds. vLLM's own cache has nothing of the old ones either."""
     ids = prompt(200)
     with engine(llama, disk) as llm:
-        answers(llm, ids)
-        flush(llm)
+        cold, first = ask(llm, ids)[0], known_as(llm)
+        seen, kept = {first}, list[Any]()
+        for name in (
+            "model.layers.1.input_layernorm.weight",
+            "model.embed_tokens.weight",
+            "model.layers.0.self_attn.rotary_emb.cos_sin_cache",
+            "model.layers.1.input_layernorm.variance_epsilon",
+        ):
+            llm.apply_model(moved(name, kept))
+            assert ask(llm, ids)[1] == 0, name
+            flush(llm)
+            seen.add(known_as(llm))
+            forget(llm)
+            assert ask(llm, ids)[1] == WHOLE, name  # its own
+        assert len(seen) == 5
+        llm.apply_model(lambda model: [back() for back in kept])
+        assert known_as(llm) == first
         llm.collective_rpc("reload_weights")
-        answers(llm, prompt(40, 9))  # a step, in which the scheduler hears of it
-        forget(llm)
-        assert answers(llm, ids)[0][1] == 0
-        forget(llm)
-        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+        assert known_as(llm) == first
+        assert ask(llm, ids) == (cold, WHOLE)
+        llm.collective_rpc("check_health")  # may be anything; what is the same is the same
+        assert known_as(llm) == first
 
 
-def test_shared_kv_of_the_old_weights_is_neither_loaded_nor_added_to(
+def test_weights_that_the_cpus_library_keeps_are_known_too(llama: Path, tmp_path: Path) -> None:
+    """On a CPU vLLM packs most matrices into memory that no tensor shows."""
+    from safetensors.torch import load_file, save_file
+
+    seen = []
+    for name in (None, "self_attn.v_proj", "mlp.down_proj"):
+        folder = tmp_path / str(name)
+        shutil.copytree(llama, folder)
+        tensors = load_file(folder / "model.safetensors")
+        if name:
+            tensors[f"model.layers.1.{name}.weight"][3, 5] += 1.0
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        kv = {"chunk_size": BLOCK, "tiers": [{"backend": "local_cpu", "capacity": "8MiB"}]}
+        with engine(folder, kv) as llm:
+            seen.append(known_as(llm))
+    assert len(set(seen)) == 3
+
+
+def test_blocks_that_were_computed_while_weights_changed_are_never_stored(
+    llama: Path, disk: dict[str, Any]
+) -> None:
+    """vLLM goes on with a request whose first tokens the old weights computed, and keeps its blocks
+    for others."""
+    from vllm import SamplingParams
+
+    ids, more = prompt(200), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    with engine(llama, disk) as llm:
+        core = llm.llm_engine
+        core.add_request("runs", {"prompt_token_ids": ids}, more)
+        for _ in range(3):
+            core.step()
+        llm.apply_model(moved("model.embed_tokens.weight"))
+        core.add_request("new", {"prompt_token_ids": [*ids, *prompt(40, 1)]}, GREEDY)
+        outs = {}
+        while core.has_unfinished_requests():
+            outs.update((out.request_id, out) for out in core.step())
+        said = [*ids, *outs["runs"].outputs[0].token_ids]
+        forget(llm)
+        assert ask(llm, [*said, 7])[1] == 192  # all that "new", which was computed whole, has of it
+        forget(llm)
+        assert ask(llm, [*ids, *prompt(40, 1)])[1] == 224
+        answer = ask(llm, [*ids, *prompt(40, 1)])[0]
+    with engine(llama, {**disk, "tiers": [{"backend": "local_cpu", "capacity": "8MiB"}]}) as llm:
+        llm.apply_model(moved("model.embed_tokens.weight"))
+        assert ask(llm, [*ids, *prompt(40, 1)])[0] == answer
+
+
+def test_shared_kv_of_the_first_weights_is_neither_loaded_nor_added_to_by_others(
     llama: Path, disk: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Other engines go on with what was stored before."""
     ids, other, shared = prompt(200), prompt(200, 1), {**disk, "share_as": "tiny llama"}
     with engine(llama, shared) as llm:
-        answers(llm, ids)
+        ask(llm, ids)
         flush(llm)
-        llm.collective_rpc("reload_weights")
-        answers(llm, prompt(40, 9))  # a step, in which the scheduler hears of it
+        llm.apply_model(moved("model.embed_tokens.weight"))
+        assert ask(llm, ids)[1] == 0
+        ask(llm, other)
         forget(llm)
-        assert answers(llm, ids)[0][1] == 0
-        answers(llm, other)
-        forget(llm)
-        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+        assert ask(llm, ids)[1] == WHOLE
         flush(llm)
     assert "store failed" not in caplog.text
     with engine(llama, shared) as llm:
-        assert answers(llm, other)[0][1] == 0
-        assert answers(llm, ids)[0][1] == 199 // BLOCK * BLOCK
+        assert ask(llm, other)[1] == 0
+        assert ask(llm, ids)[1] == WHOLE
 
 
 def test_a_directory_with_other_weights_is_another_model(
@@ -93,32 +228,21 @@ def test_positions_for_long_prompts_are_not_those_for_short_ones(
         pass
 
 
-def test_a_load_ordered_before_the_weights_changed_does_not_happen(
+def test_a_reset_looks_again_and_finds_what_still_belongs(
     llama: Path, disk: dict[str, Any]
 ) -> None:
-    """The very next request was looked up before the scheduler heard of the change."""
+    """vLLM resets the connector when it sleeps and pauses, and for who wrote to weights past it."""
     ids = prompt(200)
     with engine(llama, disk) as llm:
-        cold = answers(llm, ids)[0][0]
-        forget(llm)
-        llm.collective_rpc("reload_weights")
-        cache, told = connector(llm)._scheduler._cache.engine, []
-        cache.load_gate.record_load = lambda *load: told.append(load)
-        ((tokens, _),) = answers(llm, ids)
-        assert tokens == cold
-        assert ("loaded", "disk") not in cache.stats()
-        assert not told  # nothing was read that could have paid
-
-
-def test_sleep_and_pause_reset_the_cache(llama: Path, disk: dict[str, Any]) -> None:
-    """vLLM's pause for new weights clears the connector's cache, too."""
-    ids = prompt(200)
-    with engine(llama, disk) as llm:
-        answers(llm, ids)
+        cold = ask(llm, ids)[0]
         flush(llm)
         core = llm.llm_engine.engine_core.engine_core
         core._reset_caches()
-        assert answers(llm, ids)[0][1] == 0
+        assert ask(llm, ids) == (cold, WHOLE)
+        model = core.model_executor.driver_worker.worker.get_model()
+        moved("model.embed_tokens.weight")(model)
+        assert llm.reset_prefix_cache(reset_connector=True)
+        assert ask(llm, ids)[1] == 0
 
 
 def lora(llama: Path, folder: Path, seed: int) -> Path:
@@ -134,90 +258,82 @@ def lora(llama: Path, folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_adapters_share_nothing_and_a_name_with_other_files_neither(
+def test_adapters_are_known_by_the_bytes_that_are_loaded(
     llama: Path, disk: dict[str, Any], tmp_path: Path
 ) -> None:
+    """Not by name, path, size or time; again when they are loaded again; as they were, found."""
     from vllm.lora.request import LoRARequest
 
     one, two = lora(llama, tmp_path / "one", 1), lora(llama, tmp_path / "two", 2)
-    place = tmp_path / "adapter"
-    shutil.copytree(one, place)
-    ids = prompt(200)
+    for folder in (one, two):  # as of an archive, or an image
+        for file in folder.iterdir():
+            os.utime(file, (0, 0))
+    place, ids = tmp_path / "adapter", prompt(200)
+    adapter = LoRARequest("a", 1, str(place))
     options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
 
-    def ask(llm: Any, adapter: LoRARequest | None) -> tuple[list[int], int]:
-        (out,) = llm.generate(
-            [{"prompt_token_ids": ids}], GREEDY, lora_request=adapter, use_tqdm=False
-        )
-        return list(out.outputs[0].token_ids), out.num_cached_tokens
+    def put(folder: Path) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder, place)
 
+    put(one)
     with engine(llama, disk, **options) as llm:
-        plain = ask(llm, None)[0]
-        adapted = ask(llm, LoRARequest("a", 1, str(place)))
-        assert adapted[1] == 0
-        assert adapted[0] != plain
+        plain = ask(llm, ids)
+        first = ask(llm, ids, adapter)
+        assert (first[1], first[0] != plain[0]) == (0, True)
         forget(llm)
-        assert ask(llm, LoRARequest("a", 1, str(place))) == (adapted[0], 199 // BLOCK * BLOCK)
+        assert ask(llm, ids, adapter) == (first[0], WHOLE)
+        put(two)
+        forget(llm)  # vLLM still has the old one, and it is what computes
+        assert ask(llm, ids, adapter) == (first[0], WHOLE)
+        again = LoRARequest("a", 1, str(place), load_inplace=True)
+        second = ask(llm, ids, again)  # vLLM's own cache would have taken it for the first
+        assert (second[1], second[0] != first[0]) == (0, True)
+        forget(llm)
+        assert ask(llm, ids, adapter) == (second[0], WHOLE)
+        put(one)
+        llm.llm_engine.add_lora(again)
+        forget(llm)
+        assert ask(llm, ids, adapter) == (first[0], WHOLE)
         flush(llm)
-        shutil.rmtree(place)
-        shutil.copytree(two, place)
-        forget(llm)  # vLLM still has the old one; that is nobody's to say who looks at files only
-        assert ask(llm, LoRARequest("a", 1, str(place)))[1] == 0
-        flush(llm)
+    put(two)
     with engine(llama, disk, **options) as llm:
-        other = ask(llm, LoRARequest("a", 1, str(place)))
-        assert other[1] == 0
-        assert other[0] != adapted[0]
-        assert ask(llm, None) == (plain, 199 // BLOCK * BLOCK)
+        llm.llm_engine.add_lora(adapter)
+        put(one)  # which is not what was loaded
+        assert ask(llm, ids, adapter) == (second[0], WHOLE)
+        assert ask(llm, ids, LoRARequest("a", 7, str(place))) == (first[0], WHOLE)
+        assert ask(llm, ids) == (plain[0], WHOLE)
+    with engine(llama, disk) as llm:  # without adapters, the same model
+        assert ask(llm, ids) == (plain[0], WHOLE)
 
 
-def test_files_that_changed_since_an_adapter_was_loaded_are_not_what_computes(
+def test_an_adapter_that_was_replaced_behind_our_back_is_neither_loaded_nor_stored(
     llama: Path, disk: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A server loads adapters long before the first request that names them."""
+    """vLLM drops adapters that it has no room for, and reads their files again."""
     from vllm.lora.request import LoRARequest
 
-    one, two = lora(llama, tmp_path / "one", 1), lora(llama, tmp_path / "two", 2)
-    place, ids = tmp_path / "adapter", prompt(200)
-    shutil.copytree(one, place)
+    place, ids, other = lora(llama, tmp_path / "one", 1), prompt(200), prompt(200, 1)
+    two = lora(llama, tmp_path / "two", 2)
     adapter = LoRARequest("a", 1, str(place))
-
-    def ask(llm: Any) -> int:
-        asked = [{"prompt_token_ids": ids}]
-        (out,) = llm.generate(asked, GREEDY, lora_request=adapter, use_tqdm=False)
-        flush(llm)
-        return out.num_cached_tokens
-
     with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
-        llm.llm_engine.add_lora(adapter)
+        first = ask(llm, ids, adapter)[0]
+        flush(llm)
         shutil.rmtree(place)
         shutil.copytree(two, place)
-        ask(llm)
+        held = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        held.model_runner.lora_manager.remove_all_adapters()
+        forget(llm)
+        second = ask(llm, ids, adapter)  # what was found is another adapter's, and not taken
+        assert (second[1], second[0] != first) == (0, True)
+        ask(llm, other, adapter)
+        assert ask(llm, ids, adapter)[1] == 0  # nor was it stored: it was taken for the first
+        forget(llm)
+        assert ask(llm, ids, adapter) == (second[0], WHOLE)
+        flush(llm)
     with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
-        assert ask(llm) == 0
-    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
-        llm.llm_engine.add_lora(adapter)
-        assert ask(llm) == 199 // BLOCK * BLOCK
-
-
-def test_an_adapter_whose_files_cannot_be_told_is_computed(
-    llama: Path, disk: dict[str, Any], tmp_path: Path
-) -> None:
-    """VLLM may have it, from a hub or in memory: what cannot be named is not stored."""
-    from vllm.lora.request import LoRARequest
-
-    place = lora(llama, tmp_path / "one", 1)
-    (place / "gone").symlink_to("nowhere")
-    assert Adapters().fingerprint(LoRARequest("a", 1, "somebody/adapter")) is None
-    ids = prompt(200)
-    with engine(llama, disk, enable_lora=True, max_lora_rank=8) as llm:
-        for _ in range(2):
-            adapter = LoRARequest("a", 1, str(place))
-            (out,) = llm.generate(
-                [{"prompt_token_ids": ids}], GREEDY, lora_request=adapter, use_tqdm=False
-            )
-            assert out.num_cached_tokens == 0
-            forget(llm)
+        assert ask(llm, ids, adapter) == (second[0], WHOLE)
+        assert ask(llm, other, adapter)[1] == WHOLE
 
 
 def test_prompts_whose_logprobs_are_asked_for_are_computed(
@@ -233,20 +349,3 @@ def test_prompts_whose_logprobs_are_asked_for_are_computed(
         (out,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
         assert out.num_cached_tokens == 0
         assert len(out.prompt_logprobs) == 200
-
-
-def test_any_part_of_the_weights_tells_them_apart(tmp_path: Path) -> None:
-    """A fine-tuned copy may differ in a few tensors only, with the same names and sizes."""
-    file = tmp_path / "model.safetensors"
-    seen = set()
-    for place in [None, 0, 3_300_000, 7_200_000]:
-        data = bytearray(8 << 20)
-        if place is not None:
-            data[place : place + (1 << 20)] = b"\1" * (1 << 20)
-        file.write_bytes(data)
-        seen.add(identity._files(tmp_path))
-    assert len(seen) == 4
-    file.unlink()
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no weights"):
-        identity._files(tmp_path)

@@ -307,8 +307,8 @@ def test_memory_for_first_loads_is_got_ahead_where_blocks_are_loaded(
     got: list[Sequence[int]] = []
     monkeypatch.setattr(HostBuffers, "warm", lambda self, sizes: got.append(sizes))
     with engine(gemma, disk) as llm:
-        groups = worker(llm)._worker._groups
-        chunks = [group.namespace.layout.bytes_per_token * BLOCK for group in groups]
+        parts = worker(llm)._worker._shape.parts
+        chunks = [part.layout.bytes_per_token * BLOCK for part in parts]
         eventually(lambda: got)
         (sizes,) = got  # once, by the worker: not by the scheduler, which loads nothing
         assert len(sizes) == len(chunks) > 1
