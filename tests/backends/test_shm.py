@@ -433,7 +433,7 @@ def test_a_part_of_a_room_is_stored_as_that_part(backend: ShmBackend) -> None:
 
 def test_two_who_store_the_same_keep_one(pool: str) -> None:
     one, two = opener(pool)(), opener(pool)()
-    rooms = [one.reserve(5000, [key(1)], 1.0), two.reserve(5000, [key(1)], Transfer(1.0))]
+    rooms = [one.reserve(5000, [key(1)], Transfer(1.0)), two.reserve(5000, [key(1)], Transfer(1.0))]
     for backend, room, byte in zip((one, two), rooms, b"12", strict=True):
         room[:] = bytes([byte]) * 5000
         assert backend.put([(key(1), [memoryview(b"head"), room])], [key(1)], Transfer(1.0)) == 1
@@ -1076,7 +1076,7 @@ def endure(pool: str, seed: int, progress: np.ndarray) -> None:
             case 0:
                 backend.put(
                     [(keys[n], [memoryview(frames[n])[:99], memoryview(frames[n])[99:]]) for n in batch[:2]],
-                    wanted, 5.0,
+                    wanted, Transfer(5.0),
                 )  # fmt: skip
             case 1:
                 number = batch[0]
