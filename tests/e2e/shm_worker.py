@@ -21,7 +21,7 @@ import smollm2
 
 import lmcache_core
 from lmcache_connectors.transformers import attach
-from lmcache_core.engine import tier
+from lmcache_core.backend import Transfer
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 def watch(cache: lmcache_core.CacheEngine, counts: dict[str, int]) -> None:
     """Count what `load` yields and the buffers that it asks for."""
     whole = cache._tiers[0]._backend._pool._segment.whole
-    load, allocate = cache.load, tier._allocate
+    load, allocate = cache.load, Transfer.allocate
 
     def watched(what: Any) -> Iterator[lmcache_core.Chunk]:
         for chunk in load(what):
@@ -51,12 +51,12 @@ def watch(cache: lmcache_core.CacheEngine, counts: dict[str, int]) -> None:
                 counts["shared"] += 0 <= tensor.data_ptr() - whole.ctypes.data < whole.nbytes
             yield chunk
 
-    def counted(nbytes: int) -> memoryview:
+    def counted(transfer: Transfer, nbytes: int) -> memoryview:
         counts["buffers"] += 1
-        return allocate(nbytes)
+        return allocate(transfer, nbytes)
 
     cache.load = watched
-    tier._allocate = counted
+    Transfer.allocate = counted
 
 
 if __name__ == "__main__":
