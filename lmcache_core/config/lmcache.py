@@ -190,11 +190,10 @@ _INSIDE_BEGIN = _words("""
 """Settings of parts that are on or off by a setting of their own, or that are not there."""
 _NAMES = [*Settings.model_fields, *_FIRST_VERSION, *sorted(_INSIDE)]
 _KUBERNETES = re.compile(
-    r"LMCACHE(_[A-Z0-9_]+)?_"
-    r"(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    r"LMCACHE(_\w+)?_(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT=(tcp|udp|sctp)://.*"
+    r"|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?=.*)"
 )
 """What each pod of a namespace is given for a Service whose name begins with lmcache."""
-_KUBERNETES_URL = re.compile(r"(tcp|udp|sctp)://")
 _FEATURES_OF_EXTRA = ("enable_nixl_storage", "enable_sparse")
 _EXTRA_BEGIN = _words("""
     save_ nixl_ audit_ s3_ fs_ resp_ valkey_ p2p_ dax. rust_raw_block. local_cpu. lmcache_
@@ -221,7 +220,7 @@ def variables(environment: Mapping[str, str]) -> dict[str, str]:
     found = {
         name.removeprefix(_PREFIX).lower(): unquoted(value)
         for name, value in environment.items()
-        if name.startswith(_PREFIX) and not _of_kubernetes(name, value)
+        if name.startswith(_PREFIX) and not _KUBERNETES.fullmatch(f"{name}={value}")
     }
     return {key: value for key, value in found.items() if value and key != "config_file"}
 
@@ -448,13 +447,6 @@ def _class(key: str) -> str:
     if key in Settings.model_fields or key in _FIRST_VERSION:
         return "used"
     return "inside" if key in _INSIDE or key.startswith(_INSIDE_BEGIN) else ""
-
-
-def _of_kubernetes(name: str, value: str) -> bool:
-    if not _KUBERNETES.fullmatch(name):
-        return False
-    key = name.removeprefix(_PREFIX).lower()
-    return _class(key) == "" or bool(_KUBERNETES_URL.match(value))
 
 
 def _bytes(gib: float) -> int:
