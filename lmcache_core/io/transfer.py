@@ -66,7 +66,7 @@ class Transfer:
         self.evicted: list[bytes] = []
         """Keys of what the store removed to make room; the backend adds them."""
         self.answer = ""
-        """What the store said last, if that explains why it is late."""
+        """What the store said last, if that is why it is late, such as that it is busy."""
         self._line = Line() if line is None else line
         self._limit = limit
         self._promised = 0
@@ -119,7 +119,10 @@ class Transfer:
     def late(self) -> DeadlineExceeded:
         """The end of a call that has had its time, and the error that says so."""
         self._over = True
-        return DeadlineExceeded(f"no answer within {self.timeout:.3g} s{self.answer}")
+        seconds = f"{self.timeout:.3g} s"
+        if self.answer:
+            return DeadlineExceeded(f"{self.answer}, for {seconds}")
+        return DeadlineExceeded(f"no answer within {seconds}")
 
     # For who calls them
 

@@ -290,6 +290,8 @@ class Dial:
         """`login`: what to use instead of the url's."""
         self._threads = DaemonPool("lmcache-redis-dial", _DIALS)
         self._class: Any = redis.Connection
+        self._asked = ""
+        """What may be why nobody answers."""
         self._settings: dict[str, Any] = {
             "protocol": 2,
             "retry": Retry(NoBackoff(), 0),
@@ -300,6 +302,7 @@ class Dial:
             del self._settings["socket_keepalive"]
         elif url.scheme == "rediss":
             self._class = redis.SSLConnection
+            self._asked = " to TLS, which a plain port takes for the begin of a command"
             self._settings |= _tls(tls)
         username, password = (text or None for text in login)
         self._master = {"db": url.db, "username": username, "password": password}
@@ -321,7 +324,7 @@ class Dial:
             self._threads.call(connection.connect, transfer)
         except DeadlineExceeded as error:
             connection.disconnect()  # which ends the thread
-            raise DeadlineExceeded(f"{address}: {error}") from None
+            raise DeadlineExceeded(f"{address}: {error}{self._asked}") from None
         except redis.ResponseError as error:
             raise Refused(f"{address}: {error}") from None
         except redis.RedisError as error:

@@ -78,7 +78,7 @@ class Bucket:
             except HttpError as error:
                 if not error.says(_BUSY):
                     raise
-                transfer.answer = f"; {error}"
+                transfer.answer = str(error)
             await asyncio.sleep(pauses.next() * random.uniform(0.5, 1.0))
 
     async def _client(self) -> Any:

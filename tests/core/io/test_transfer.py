@@ -177,8 +177,9 @@ def test_a_load_that_shared_a_store_is_not_judged_as_if_it_had_been_alone(line: 
 
 def test_who_is_late_is_over_for_good() -> None:
     transfer = Transfer(TIMEOUT)
-    transfer.answer = "; the server says SlowDown"
-    assert str(transfer.late()) == "no answer within 0.3 s; the server says SlowDown"
+    assert str(transfer.late()) == "no answer within 0.3 s"
+    transfer.answer = "the server says SlowDown"
+    assert str(transfer.late()) == "the server says SlowDown, for 0.3 s"
     with pytest.raises(DeadlineExceeded):
         transfer.moved(SLOWEST)
 
