@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import tqdm
 import transformers
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from lmcache_core import CacheEngine
 
+tqdm.tqdm.monitor_interval = 0  # who shows his progress starts no thread that watches it
 CHUNK = 16
 PROMPT_TOKENS = 64
 PREFIX = 48
@@ -104,6 +106,9 @@ class Answer(NamedTuple):
             for layer in out.past_key_values.layers
         ]
         return cls(out.sequences.clone(), layers)
+
+    def __repr__(self) -> str:
+        return f"Answer({self.tokens[:, -2:].tolist()}, {len(self.layers)} layers)"
 
     def same(self, other: Answer) -> bool:
         """Bit for bit, the tokens and all KV."""

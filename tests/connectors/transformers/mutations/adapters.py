@@ -25,7 +25,7 @@ TUNERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ALONE = {"AdaLora", "OSF", "Frod"}
 """They take one adapter."""
-NOT_MERGED = {"Beft", "OSF"}
+NOT_MERGED = {"Beft", "Lily", "OSF"}
 """They cannot be merged, or not unmerged."""
 
 
@@ -100,7 +100,7 @@ for _number, _kind in enumerate(TUNERS):
     for _turn, (_name, _change) in enumerate(CHANGES.items()):
         rounds = _name in ("merged", "unmerged")  # then only by rounding, if at all
         if hasattr(peft, f"{_kind}Config") and not (
-            _name == "switched" and _kind in ALONE or rounds and _kind in NOT_MERGED
+            (_name == "switched" and _kind in ALONE) or (rounds and _kind in NOT_MERGED)
         ):
             add(
                 f"{_kind}_{_name}",

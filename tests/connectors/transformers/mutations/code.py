@@ -684,7 +684,9 @@ def graph_of_fx(model: Any) -> Iterator[Any]:
 
 @mutation(refused=True)
 def scripted_module(model: Any) -> Iterator[Any]:
-    first(model).self_attn.o_proj = torch.jit.trace(output(model), torch.zeros(1, 1, output(model).in_features, dtype=model.dtype))
+    first(model).self_attn.o_proj = torch.jit.trace(
+        output(model), torch.zeros(1, 1, output(model).in_features, dtype=model.dtype)
+    )
     yield
     for parameter in output(model).parameters():
         parameter.data.mul_(1.5)

@@ -18,7 +18,9 @@ class Doubles(TorchFunctionMode):
 
     factor = 2.0
 
-    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         return out * self.factor if function is torch.nn.functional.linear else out
 
@@ -26,7 +28,9 @@ class Doubles(TorchFunctionMode):
 class Rounds(TorchDispatchMode):
     """Rounds what each multiplication of matrices gives."""
 
-    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             return (out * 4).round() / 4

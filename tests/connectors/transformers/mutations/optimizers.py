@@ -61,7 +61,7 @@ def Muon_step(model: Any) -> None:
 @mutation()
 def LBFGS_step(model: Any) -> None:
     parameters = list(first(model).self_attn.parameters())
-    optimizer = torch.optim.LBFGS(parameters, lr=0.05, max_iter=2)
+    optimizer = torch.optim.LBFGS(parameters, max_iter=2, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()

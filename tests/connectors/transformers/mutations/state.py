@@ -50,7 +50,7 @@ class Read(torch.nn.Module):
 
 def _reads(model: Any, read: Callable[[], Any]) -> Any:
     """Let the first projection be multiplied with what `read` gives."""
-    first(model).self_attn.o_proj = block = Read(output(model), read)
+    first(model).self_attn.o_proj = block = Read(output(model), read).eval()
     return block
 
 
@@ -283,7 +283,7 @@ def memory_of_c() -> Any:
 @_state
 def structure_of_c() -> Any:
     class Point(ctypes.Structure):
-        _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double)]  # noqa: RUF012
+        _fields_ = [("x", ctypes.c_int), ("y", ctypes.c_double)]
 
     state = Point(0, 1.0)
     return lambda: state.y, lambda: setattr(state, "y", 2.0)
@@ -310,7 +310,9 @@ def large_tensor_in_a_list() -> Any:
 @_state
 def large_tensor_in_a_dict_of_an_object() -> Any:
     state = types.SimpleNamespace(held={"t": torch.ones(300, 300)})
-    return lambda: state.held["t"][1, 2].item(), lambda: state.held["t"].data[1, 2].fill_(2) and None
+    return lambda: state.held["t"][
+        1, 2
+    ].item(), lambda: state.held["t"].data[1, 2].fill_(2) and None
 
 
 @_state

@@ -135,7 +135,8 @@ def data_of_another_storage(model: Any) -> None:
 @mutation()
 def data_set_to_another_tensor(model: Any) -> None:
     weight = output(model).weight
-    weight.data.set_((weight.data * 1.5).contiguous())
+    with torch.no_grad():
+        weight.set_(weight.data * 1.5)
 
 
 @mutation()
@@ -435,7 +436,9 @@ def tied_weights_untied(model: Any) -> Iterator[Any]:
 @mutation()
 def a_weight_that_is_a_view_of_another(model: Any) -> Iterator[Any]:
     """Both projections lie in one tensor that no module holds."""
-    flat = torch.cat([output(model).weight.detach().view(-1), values(model).weight.detach().view(-1)])
+    flat = torch.cat(
+        [output(model).weight.detach().view(-1), values(model).weight.detach().view(-1)]
+    )
     at = 0
     for layer in (output(model), values(model)):
         size = layer.weight.numel()
