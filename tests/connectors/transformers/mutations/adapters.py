@@ -108,7 +108,7 @@ for _number, _kind in enumerate(TUNERS):
                 "llama",
                 dtypes=("float32",),
                 alters=None if rounds else True,
-                soak=(_turn - _number) % 3 != 0,
+                soak=(_turn - _number) % len(CHANGES) != 0,
             )
 
 

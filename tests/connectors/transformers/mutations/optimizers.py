@@ -36,7 +36,7 @@ def _step(kind: str, **how: Any) -> Callable[[Any], None]:
 
 for _kind in KINDS:
     add(f"{_kind}_step", _step(_kind, foreach=False))
-    add(f"{_kind}_foreach_step", _step(_kind, foreach=True))
+    add(f"{_kind}_foreach_step", _step(_kind, foreach=True), soak=_kind != "AdamW")
 for _kind in FUSED:
     add(f"{_kind}_fused_step", _step(_kind, fused=True))
 
