@@ -34,7 +34,7 @@ import lmcache_core
 from lmcache_connectors.transformers import attach
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
-START, END = "<!-- families: written by make families -->", "<!-- end of families -->"
+START, END = "<!-- families: written by tests.connectors.transformers.families -->", "<!-- end of families -->"
 CHUNK = 8
 VOCABULARY = 128
 TOLERANCE = 1e-4
@@ -160,10 +160,13 @@ def _tokens(*shape: int, seed: int) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ask(model: Any, ids: torch.Tensor) -> Asked:
+def ask(model: Any, ids: torch.Tensor, padding: int = 0) -> Asked:
+    """`padding`: columns on the left of the last row."""
+    mask = torch.ones_like(ids)
+    mask[-1, :padding] = 0
     out = model.generate(
         input_ids=ids,
-        attention_mask=(ids != 0).long(),
+        attention_mask=mask,
         max_new_tokens=6,
         do_sample=False,
         pad_token_id=0,
@@ -185,8 +188,8 @@ def conversation(model: Any) -> Iterator[tuple[str, Asked]]:
     yield "a long prompt", ask(model, long)
     yield "a long prefix", ask(model, torch.cat([long[:, :120], _tokens(1, 12, seed=5)], 1))
     padded = torch.cat([torch.zeros(1, 7).long(), document[:, :33]], 1)
-    yield "a batch", ask(model, torch.cat([document, padded]))
-    yield "a batch again", ask(model, torch.cat([document, padded]))
+    yield "a batch", ask(model, torch.cat([document, padded]), padding=7)
+    yield "a batch again", ask(model, torch.cat([document, padded]), padding=7)
 
 
 def _differs(got: Asked, want: Asked) -> str:

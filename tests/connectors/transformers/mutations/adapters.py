@@ -27,6 +27,8 @@ ALONE = {"AdaLora", "OSF", "Frod"}
 """They take one adapter."""
 NOT_MERGED = {"Beft", "Lily", "OSF"}
 """They cannot be merged, or not unmerged."""
+REFUSED = {"BOFT", "Lily"}
+"""One builds C++ at run time; the other looks at all tokens before it treats the first."""
 
 
 def _tuned(model: Any, kind: str, **more: Any) -> Any:
@@ -108,6 +110,7 @@ for _number, _kind in enumerate(TUNERS):
                 "llama",
                 dtypes=("float32",),
                 alters=None if rounds else True,
+                refused=_kind in REFUSED,
                 soak=(_turn - _number) % len(CHANGES) != 0,
             )
 
@@ -235,7 +238,7 @@ def adaption_prompt(model: Any) -> Iterator[Any]:
     yield _tuned(model, "AdaptionPrompt", adapter_len=4, adapter_layers=2)
 
 
-@mutation("llama")
+@mutation("llama", refused=True)
 def poly_of_another_task(model: Any) -> Iterator[Any]:
     """Which adapter it is, an argument says."""
     settings = {"n_tasks": 2, "n_skills": 2, "n_splits": 1, "r": 4, **ALL}
@@ -256,7 +259,6 @@ VIRTUAL: dict[str, dict[str, Any]] = {
     "PromptEncoder": {"num_virtual_tokens": 4, "encoder_hidden_size": 32},
     "PrefixTuning": {"num_virtual_tokens": 4},
     "Cartridge": {"num_virtual_tokens": 4},
-    "CPT": {},
     "MultitaskPromptTuning": {"num_virtual_tokens": 4, "num_tasks": 2},
 }
 
@@ -290,8 +292,7 @@ def _virtual_asked_without(kind: str, model: Any) -> Iterator[Any]:
 
 for _kind in VIRTUAL:
     for _change in (_virtual_added, _virtual_changed, _virtual_asked_without):
-        # CPT rounds otherwise from call to call, without us too.
-        if hasattr(peft, f"{_kind}Config") and (_kind != "CPT" or _change is _virtual_added):
+        if hasattr(peft, f"{_kind}Config"):
             add(
                 f"{_kind}{_change.__name__.removeprefix('_virtual')}",
                 functools.wraps(_change)(functools.partial(_change, _kind)),

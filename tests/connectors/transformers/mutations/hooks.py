@@ -1,4 +1,7 @@
-"""Hooks, of a module and of all modules, and what they hold."""
+"""Hooks, of a module and of all modules, and what they hold.
+
+A model that has one may be refused at once: a hook may want to see the whole prompt.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,7 @@ def hook_that_is_partial(model: Any) -> None:
     output(model).register_forward_hook(functools.partial(_scaled, 3.0))
 
 
-@mutation()
+@mutation(refused=True)
 def hook_that_is_a_method(model: Any) -> Iterator[Any]:
     class Steer:
         factor = 1.0
@@ -102,7 +105,7 @@ def hook_that_is_a_method(model: Any) -> Iterator[Any]:
     steer.factor = 2.0
 
 
-@mutation()
+@mutation(refused=True)
 def value_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     factor = 1.0
 
@@ -114,7 +117,7 @@ def value_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     factor = 2.0
 
 
-@mutation()
+@mutation(refused=True)
 def vector_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     vector = torch.zeros(output(model).out_features, dtype=output(model).weight.dtype)
     output(model).register_forward_hook(lambda module, args, out: out + vector)
@@ -122,7 +125,7 @@ def vector_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     vector.data.fill_(0.5)
 
 
-@mutation()
+@mutation(refused=True)
 def large_vectors_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     vectors = torch.zeros(256, output(model).out_features, dtype=output(model).weight.dtype)
     output(model).register_forward_hook(lambda module, args, out: out + vectors[131])
@@ -130,7 +133,7 @@ def large_vectors_in_a_hooks_closure(model: Any) -> Iterator[Any]:
     vectors.data[131, 77] = 1
 
 
-@mutation()
+@mutation(refused=True)
 def hooks_in_another_order(model: Any) -> Iterator[Any]:
     output(model).register_forward_hook(_double)
     output(model).register_forward_hook(_add)
@@ -138,21 +141,21 @@ def hooks_in_another_order(model: Any) -> Iterator[Any]:
     output(model)._forward_hooks.move_to_end(next(iter(output(model)._forward_hooks)))
 
 
-@mutation()
+@mutation(refused=True)
 def hook_prepended(model: Any) -> Iterator[Any]:
     output(model).register_forward_hook(_double)
     yield
     output(model).register_forward_hook(_add, prepend=True)
 
 
-@mutation()
+@mutation(refused=True)
 def hook_removed(model: Any) -> Iterator[Any]:
     handle = output(model).register_forward_hook(_double)
     yield
     handle.remove()
 
 
-@mutation()
+@mutation(refused=True)
 def hook_moved_to_another_layer(model: Any) -> Iterator[Any]:
     handle = output(model).register_forward_hook(_double)
     yield
@@ -160,14 +163,14 @@ def hook_moved_to_another_layer(model: Any) -> Iterator[Any]:
     model.get_decoder().layers[1].self_attn.o_proj.register_forward_hook(_double)
 
 
-@mutation()
+@mutation(refused=True)
 def hook_added_twice(model: Any) -> Iterator[Any]:
     output(model).register_forward_hook(_double)
     yield
     output(model).register_forward_hook(_double)
 
 
-@mutation()
+@mutation(refused=True)
 def code_of_a_hook(model: Any) -> Iterator[Any]:
     def hook(module: Any, args: Any, out: Any) -> Any:
         return out
@@ -199,7 +202,7 @@ def global_forward_pre_hook(model: Any) -> Iterator[Any]:
     handle.remove()
 
 
-@mutation()
+@mutation(refused=True)
 def value_in_a_global_hook(model: Any) -> Iterator[Any]:
     target, factor = output(model), 1.0
     handle = register_module_forward_hook(

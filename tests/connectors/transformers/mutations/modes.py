@@ -44,7 +44,7 @@ def torch_function_mode(model: Any) -> Iterator[Any]:
         yield
 
 
-@mutation()
+@mutation(refused=True)
 def attribute_of_a_torch_function_mode(model: Any) -> Iterator[Any]:
     mode = Doubles()
     mode.factor = 1.0
