@@ -34,7 +34,10 @@ import lmcache_core
 from lmcache_connectors.transformers import attach
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
-START, END = "<!-- families: written by tests.connectors.transformers.families -->", "<!-- end of families -->"
+START, END = (
+    "<!-- families: written by tests.connectors.transformers.families -->",
+    "<!-- end of families -->",
+)
 CHUNK = 8
 VOCABULARY = 128
 TOLERANCE = 1e-4

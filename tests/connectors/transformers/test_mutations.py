@@ -18,6 +18,7 @@ import lmcache_core
 from lmcache_connectors.transformers import attach
 from lmcache_core import CacheEngine
 from tests.connectors.transformers.mutations import TABLE, Mutation
+from tests.connectors.transformers.mutations.unseen import UNSEEN
 from tests.connectors.transformers.tiny import (
     COMBINATIONS,
     DTYPES,
@@ -120,3 +121,15 @@ def test_the_table_is_large_and_covers_every_model() -> None:
     for family in FAMILIES:
         for dtype in DTYPES:
             assert ordinary.count((family, dtype)) >= 10
+
+
+@pytest.mark.parametrize("change", UNSEEN, ids=lambda change: change.__name__)
+def test_what_no_means_can_see_does_change_what_is_computed(change: Any) -> None:
+    """These are apart from the table because nothing would notice them, and not for ease."""
+    model = build("llama")
+    steps = change(model)
+    next(steps)
+    before = Answer.of(model)
+    next(steps)
+    assert not before.same_prefix(Answer.of(model))
+    next(steps, None)

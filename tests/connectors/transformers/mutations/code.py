@@ -535,7 +535,7 @@ def activation_by_name(model: Any) -> Iterator[Any]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return ACT2FN["silu"](x)
 
-    first(model).mlp.act_fn = Named()
+    first(model).mlp.act_fn = Named().eval()
     yield
     plain = dict.__getitem__(ACT2FN, "silu")
     ACT2FN["silu"] = torch.nn.ReLU
@@ -674,7 +674,7 @@ def function_of_autograd(model: Any) -> Iterator[Any]:
 @mutation()
 def graph_of_fx(model: Any) -> Iterator[Any]:
     layer = torch.fx.symbolic_trace(torch.nn.Sequential(output(model), torch.nn.Tanh()))
-    first(model).self_attn.o_proj = layer
+    first(model).self_attn.o_proj = layer.eval()
     yield
     node = next(node for node in layer.graph.nodes if node.target == "1")
     node.replace_all_uses_with(node.args[0])

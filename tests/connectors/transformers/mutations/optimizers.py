@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.connectors.transformers.mutations import add, first, mutation
+from tests.connectors.transformers.mutations import add, first, mutation, output, values
 
 KINDS = {
     "SGD": {"lr": 0.05}, "Adam": {"lr": 0.01}, "AdamW": {"lr": 0.01}, "Adagrad": {"lr": 0.01},
@@ -60,12 +60,12 @@ def Muon_step(model: Any) -> None:
 
 @mutation()
 def LBFGS_step(model: Any) -> None:
-    parameters = list(first(model).self_attn.parameters())
-    optimizer = torch.optim.LBFGS(parameters, max_iter=2, line_search_fn="strong_wolfe")
+    parameters = [output(model).weight, values(model).weight]
+    optimizer = torch.optim.LBFGS(parameters, lr=0.1, max_iter=2)
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = sum((p.float() ** 2).sum() for p in parameters)
+        loss = sum(p.float().abs().mean() for p in parameters)
         loss.backward()
         return loss.detach()
 

@@ -48,7 +48,7 @@ class Read(torch.nn.Module):
         return self.inner(x) * self.read()
 
 
-def _reads(model: Any, read: Callable[[], Any]) -> Any:
+def reads(model: Any, read: Callable[[], Any]) -> Any:
     """Let the first projection be multiplied with what `read` gives."""
     first(model).self_attn.o_proj = block = Read(output(model), read).eval()
     return block
@@ -59,7 +59,7 @@ def _row(name: str, start: Callable[[], tuple[Callable[[], Any], Callable[[], An
 
     def change(model: Any) -> Iterator[Any]:
         read, alter = start()
-        _reads(model, read)
+        reads(model, read)
         yield
         back = alter()
         yield
@@ -1058,7 +1058,7 @@ def result_that_was_kept() -> Any:
 
 @mutation()
 def attribute_of_a_module_of_the_model(model: Any) -> Iterator[Any]:
-    block = _reads(model, lambda: 1.0)
+    block = reads(model, lambda: 1.0)
     block.read = lambda: block.factor
     block.factor = 1.0
     yield
@@ -1067,7 +1067,7 @@ def attribute_of_a_module_of_the_model(model: Any) -> Iterator[Any]:
 
 @mutation()
 def tensor_that_is_no_parameter(model: Any) -> Iterator[Any]:
-    block = _reads(model, lambda: block.vector)
+    block = reads(model, lambda: block.vector)
     block.vector = torch.ones(256, dtype=model.dtype)
     yield
     block.vector.data[17] = 2
@@ -1076,7 +1076,7 @@ def tensor_that_is_no_parameter(model: Any) -> Iterator[Any]:
 @mutation()
 def module_in_a_plain_list(model: Any) -> Iterator[Any]:
     hidden = torch.nn.Linear(256, 256, bias=False, dtype=model.dtype)
-    block = _reads(model, lambda: 1.0)
+    block = reads(model, lambda: 1.0)
     block.others = [hidden]
     block.read = lambda: block.others[0].weight[0]
     yield
@@ -1086,14 +1086,14 @@ def module_in_a_plain_list(model: Any) -> Iterator[Any]:
 @mutation()
 def module_in_a_closure(model: Any) -> Iterator[Any]:
     hidden = torch.nn.Linear(256, 256, bias=False, dtype=model.dtype)
-    _reads(model, lambda: hidden.weight[0])
+    reads(model, lambda: hidden.weight[0])
     yield
     hidden.weight.data[0] *= 2
 
 
 @mutation()
 def module_that_two_layers_share(model: Any) -> Iterator[Any]:
-    shared = _reads(model, lambda: shared.factor)
+    shared = reads(model, lambda: shared.factor)
     shared.factor = 1.0
     model.get_decoder().layers[1].self_attn.o_proj = shared
     yield
@@ -1102,7 +1102,7 @@ def module_that_two_layers_share(model: Any) -> Iterator[Any]:
 
 @mutation()
 def list_and_dict_of_parameters(model: Any) -> Iterator[Any]:
-    block = _reads(model, lambda: block.some[0] * block.more["a"])
+    block = reads(model, lambda: block.some[0] * block.more["a"])
     block.some = torch.nn.ParameterList([torch.ones(256, dtype=model.dtype)])
     block.more = torch.nn.ParameterDict({"a": torch.ones(256, dtype=model.dtype)})
     yield
@@ -1113,7 +1113,7 @@ def list_and_dict_of_parameters(model: Any) -> Iterator[Any]:
 def module_that_refers_to_the_model(model: Any) -> Iterator[Any]:
     """A cycle: a block asks the model that it is part of."""
     object.__setattr__(model, "factor", 1.0)
-    _reads(model, lambda: model.factor)
+    reads(model, lambda: model.factor)
     yield
     model.factor = 2.0
 
@@ -1121,7 +1121,7 @@ def module_that_refers_to_the_model(model: Any) -> Iterator[Any]:
 @mutation()
 def attribute_of_the_config(model: Any) -> Iterator[Any]:
     model.config.steering = 1.0
-    _reads(model, lambda: model.config.steering)
+    reads(model, lambda: model.config.steering)
     yield
     model.config.steering = 2.0
 
@@ -1130,7 +1130,7 @@ def attribute_of_the_config(model: Any) -> Iterator[Any]:
 def attribute_of_the_generation_config(model: Any) -> Iterator[Any]:
     """It decides no KV, unless somebody's forward reads it."""
     model.generation_config.steering = 1.0
-    _reads(model, lambda: model.generation_config.steering)
+    reads(model, lambda: model.generation_config.steering)
     yield
     model.generation_config.steering = 2.0
 
@@ -1140,7 +1140,7 @@ def flag_that_libraries_keep_on_a_module(model: Any) -> Iterator[Any]:
     """A forward that reads what nobody else's reads."""
     first(model).gradient_checkpointing = False
     layer = first(model)
-    _reads(model, lambda: 2.0 if layer.gradient_checkpointing else 1.0)
+    reads(model, lambda: 2.0 if layer.gradient_checkpointing else 1.0)
     yield
     layer.gradient_checkpointing = True
     yield
@@ -1150,17 +1150,6 @@ def flag_that_libraries_keep_on_a_module(model: Any) -> Iterator[Any]:
 @mutation()
 def flag_of_training_that_is_read(model: Any) -> Iterator[Any]:
     layer = output(model)
-    _reads(model, lambda: 2.0 if layer.training else 1.0)
+    reads(model, lambda: 2.0 if layer.training else 1.0)
     yield
     layer.train()
-
-
-@mutation()
-def number_of_threads_that_is_read(model: Any) -> Iterator[Any]:
-    """A function of torch that tells of the process."""
-    _reads(model, lambda: float(torch.get_num_threads()))
-    yield
-    before = torch.get_num_threads()
-    torch.set_num_threads(before + 1)
-    yield
-    torch.set_num_threads(before)

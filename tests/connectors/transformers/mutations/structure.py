@@ -157,12 +157,6 @@ def embedding_replaced(model: Any) -> None:
 
 
 @mutation()
-def embedding_with_a_greatest_norm(model: Any) -> None:
-    """It rewrites rows as they are looked up."""
-    model.get_input_embeddings().max_norm = 0.1
-
-
-@mutation()
 def decoder_replaced(model: Any) -> None:
     decoder = copy.deepcopy(model.model)
     decoder.layers[0].self_attn.o_proj.weight.data.mul_(1.5)
@@ -199,6 +193,7 @@ def parametrized(model: Any) -> None:
 @mutation()
 def attribute_of_a_parametrization(model: Any) -> Iterator[Any]:
     parametrize.register_parametrization(output(model), "weight", Doubled())
+    model.eval()
     yield
     output(model).parametrizations.weight[0].factor = 3.0
 
@@ -206,6 +201,7 @@ def attribute_of_a_parametrization(model: Any) -> Iterator[Any]:
 @mutation()
 def parametrization_removed(model: Any) -> Iterator[Any]:
     parametrize.register_parametrization(output(model), "weight", Doubled(), unsafe=True)
+    model.eval()
     yield
     parametrize.remove_parametrizations(output(model), "weight", leave_parametrized=False)
 
@@ -213,6 +209,7 @@ def parametrization_removed(model: Any) -> Iterator[Any]:
 @mutation()
 def weight_under_a_parametrization(model: Any) -> Iterator[Any]:
     parametrize.register_parametrization(output(model), "weight", Doubled())
+    model.eval()
     yield
     output(model).parametrizations.weight.original.data.mul_(1.5)
 
@@ -220,6 +217,7 @@ def weight_under_a_parametrization(model: Any) -> Iterator[Any]:
 @mutation(dtypes=("float32",))
 def weight_norm(model: Any) -> Iterator[Any]:
     parametrizations.weight_norm(output(model))
+    model.eval()
     yield
     output(model).parametrizations.weight.original0.data.mul_(1.5)
 
@@ -288,7 +286,7 @@ def scale_of_positions(model: Any) -> None:
 def rotary_of_another_base(model: Any) -> None:
     settings = copy.deepcopy(model.config)
     settings.rope_parameters["rope_theta"] = 50.0
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings).eval()
 
 
 @mutation("llama", "mixtral", "deepseek_v3")
@@ -298,18 +296,7 @@ def rotary_scaled_linearly(model: Any) -> None:
         "factor": 4.0,
         "rope_theta": 10000.0,
     }
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-
-
-@mutation("llama", "mixtral", "deepseek_v3")
-def rotary_that_depends_on_the_length(model: Any) -> None:
-    model.config.rope_parameters = {
-        "rope_type": "dynamic",
-        "factor": 4.0,
-        "rope_theta": 10000.0,
-    }
-    model.config.max_position_embeddings = 32
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).eval()
 
 
 @mutation()

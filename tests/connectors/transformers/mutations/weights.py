@@ -536,6 +536,6 @@ def a_sparse_weight(model: Any) -> Iterator[Any]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (self.weight @ x.flatten(0, 1).t()).t().view(*x.shape[:-1], -1)
 
-    first(model).self_attn.o_proj = Sparse(output(model).weight.detach())
+    first(model).self_attn.o_proj = Sparse(output(model).weight.detach()).eval()
     yield
     output(model).weight.values().mul_(1.5)
