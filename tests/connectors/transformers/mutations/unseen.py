@@ -6,6 +6,7 @@ list says what is.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,10 +44,8 @@ def a_pipe(model: Any) -> Iterator[Any]:
 
     def ask() -> float:
         os.set_blocking(read, False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             last[0] = float(os.read(read, 10))
-        except BlockingIOError:
-            pass
         return last[0]
 
     reads(model, ask)
