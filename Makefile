@@ -1,5 +1,7 @@
 # make demo   the main job on a real model, from nothing
 # make test   everything that can be checked here, from nothing
+# make soak   the long tests: all changes and all uses of all kinds of models
+# make families  which of Transformers' models are served: docs/transformers.md
 # make bench  the figures in README.md
 # make bench-remote  load, store and lookup of network backends: docs/backends.md
 # make bench-policy  hits of the eviction policies on TRACES: docs/policies.md
@@ -22,16 +24,24 @@ PYTEST_ARGS ?=
 PIP := python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test setup python bench bench-policy bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
+.PHONY: demo test soak families setup python bench bench-policy bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 test:
 	$(MAKE) --jobs=2 setup lint
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors \
+	  --ignore tests/connectors/transformers/test_mutations.py
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(VLLM)/bin/python -m pytest -q -n 3 --dist loadgroup tests/e2e/vllm
+
+soak: $(OLDEST) $(READY)
+	$(BIN)/python -m pytest -n 2 -m soak $(PYTEST_ARGS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors/transformers/test_mutations.py
+
+families: $(READY)
+	$(BIN)/python -m tests.connectors.transformers.families --write
 
 # All that the tests need; pip keeps one core busy for minutes, for each of two environments.
 setup: $(OLDEST) $(VLLM)/.ready

@@ -35,11 +35,12 @@ from lmcache_connectors.transformers import attach
 
 PAGE = Path(__file__).parents[3] / "docs" / "transformers.md"
 START, END = (
-    "<!-- families: written by tests.connectors.transformers.families -->",
+    "<!-- families: written by make families -->",
     "<!-- end of families -->",
 )
 CHUNK = 8
 VOCABULARY = 128
+MOST_PARAMETERS = 150_000_000
 TOLERANCE = 1e-4
 """Of the standard deviation of the logits; float32 rounds by less than a tenth of that."""
 
@@ -71,8 +72,14 @@ SIZES: dict[str, Any] = {
 
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {
             "hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2,
         },
@@ -81,12 +88,21 @@ MORE: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "mamba2": {"head_dim": 16},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
     "mpt": {"use_cache": True},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [16, 32]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "mamba_ngroups": 1},
+    "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """What a family needs besides."""
+
+
+KINDS = ("differs", "served", "refused", "fails without us", "not built")
 
 
 class Outcome(NamedTuple):
@@ -94,7 +110,7 @@ class Outcome(NamedTuple):
 
     name: str
     kind: str
-    """"served", "refused", "not built", "fails without us" or "differs"."""
+    """One of KINDS."""
     why: str = ""
 
 
@@ -140,7 +156,7 @@ def build(name: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     built = model(config_of(name, config, **changes))
     parameters = sum(parameter.numel() for parameter in built.parameters())
-    if parameters > 30_000_000:
+    if parameters > MOST_PARAMETERS:
         raise ValueError(f"{parameters} parameters")
     with torch.no_grad():
         for parameter in built.parameters():
@@ -257,7 +273,7 @@ def outcome(name: str, **changes: Any) -> Outcome:
 
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:160]
+    return f"{type(error).__name__}: {lines[-1].strip()}"[:160]
 
 
 def _reason(line: str) -> str:
@@ -278,7 +294,7 @@ def variants(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     yield name, {**alone, "is_decoder": True}
     if not alone and known["is_decoder"].default is False:
-        yield f"{name}, is_decoder=False", {"is_decoder": False}
+        yield f"{name} (no decoder)", {"is_decoder": False}
 
 
 def outcomes(names: Sequence[str] = ()) -> Iterator[Outcome]:
@@ -296,21 +312,27 @@ def outcomes(names: Sequence[str] = ()) -> Iterator[Outcome]:
 
 def table(found: Sequence[Outcome]) -> str:
     """Markdown: how many, which are served, which are refused and why."""
-    lines = [f"Transformers {transformers.__version__}, {len(found)} configurations, tiny.", ""]
+    lines = [f"Transformers {transformers.__version__}: {len(found)} configurations.", ""]
     lines += ["| | how many | which |", "|---|---|---|"]
-    served = [o for o in found if o.kind == "served" and not o.why]
-    lines.append(f"| served | {len(served)} | {_names(served)} |")
-    for kind in ("served", "refused", "fails without us", "not built", "differs"):
-        rest = [o for o in found if o.kind == kind and o not in served]
-        for why in sorted({o.why for o in rest}):
-            these = [o for o in rest if o.why == why]
-            what = f"{kind}, but for {why}" if kind == "served" else f"{kind}: {why}"
-            lines.append(f"| {what.replace('|', '/')} | {len(these)} | {_names(these)} |")
+    rows: dict[str, list[str]] = {}
+    for one in sorted(found, key=lambda one: (KINDS.index(one.kind), one.why)):
+        rows.setdefault(label(one), []).append(one.name)
+    lines += [
+        f"| {row} | {len(names)} | {', '.join(sorted(names))} |" for row, names in rows.items()
+    ]
     return "\n".join(lines)
 
 
-def _names(found: Sequence[Outcome]) -> str:
-    return ", ".join(sorted(o.name.replace(", is_decoder=False", " (no decoder)") for o in found))
+def label(one: Outcome) -> str:
+    """The row that a family is in."""
+    but = "served, but for" if one.kind == "served" else f"{one.kind}:"
+    return f"{but} {one.why}".replace("|", "/") if one.why else one.kind
+
+
+def labels(text: str) -> dict[str, str]:
+    """The row of each family, from the table."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {name: row[0] for row in rows if len(row) == 3 for name in row[2].split(", ")}
 
 
 def written() -> str:

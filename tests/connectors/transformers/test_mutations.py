@@ -17,16 +17,19 @@ import torch
 import lmcache_core
 from lmcache_connectors.transformers import attach
 from lmcache_core import CacheEngine
-from tests.connectors.transformers.mutations import TABLE, Mutation
+from tests.connectors.transformers.mutations import TABLE, Mutation, output
 from tests.connectors.transformers.mutations.unseen import UNSEEN
 from tests.connectors.transformers.tiny import (
+    CHUNK,
     COMBINATIONS,
     DTYPES,
     FAMILIES,
+    PROMPT_TOKENS,
     Answer,
     build,
     config,
     counted,
+    tokens,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,6 +116,31 @@ def test_a_changed_model_answers_as_it_is_now(
     found = Answer.of(unchanged.model)
     assert found.same_prefix(unchanged.plain), "an unchanged model found KV of another"
     assert torch.equal(found.tokens, unchanged.plain.tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_changes_during_a_call_stores_nothing_of_it(
+    family: str, shared: Shared
+) -> None:
+    unchanged = shared.models[family, "float32"]
+    model, prompt = build(family), tokens(1, PROMPT_TOKENS, seed=7)
+    calls = []
+
+    def change(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            output(model).weight.data.mul_(1.5)
+        return scores
+
+    with attach(model, shared.cache):
+        stored = counted(shared.cache, "stored")
+        how = {"max_new_tokens": 3 * CHUNK, "do_sample": False, "eos_token_id": None}
+        out = model.generate(prompt, logits_processor=[change], **how)
+        again = Answer.of(model, out)
+    assert len(calls) == 3 * CHUNK
+    assert again.close(Answer.of(model, out))
+    assert Answer.of(unchanged.model, out).close(Answer.of(build(family), out))
+    assert counted(shared.cache, "stored") > stored  # of the two that asked about all of it
 
 
 def test_the_table_is_large_and_covers_every_model() -> None:
