@@ -46,6 +46,11 @@ def is_library(module: str | None) -> bool:
     return (module or "").partition(".")[0] in _LIBRARIES or is_frame(module)
 
 
+def is_foreign(module: str | None) -> bool:
+    """Whether code is neither a library's nor of Transformers and PEFT."""
+    return not is_library(module) and not (module or "").startswith(("transformers.", "peft."))
+
+
 def is_frame(module: str | None) -> bool:
     """Whether code loads, drives and trains models rather than computing what they do."""
     return (module or "").startswith(_FRAME)

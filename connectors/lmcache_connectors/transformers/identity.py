@@ -13,10 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_connectors.transformers.walk import Walk
 from lmcache_core import NoContent, tensor_digests
+
+_ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
+"""Kernels of attention that torch may choose of."""
 
 
 class Identity(NamedTuple):
@@ -80,9 +86,12 @@ def _world(model: torch.nn.Module) -> bytes:
     modules: Any = torch.nn.modules.module
     if modules._global_forward_hooks or modules._global_forward_pre_hooks:
         raise NotCacheable("a global forward hook, which may want to see the whole prompt")
-    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    if any(type(mode) is not DeviceContext for mode in modes):  # that says where, and not what
         raise NotCacheable("a mode that changes what torch computes")
-    return f"{torch.get_default_dtype()} {torch.get_float32_matmul_precision()}".encode()
+    kernels = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in _ATTENTION]
+    precision = torch.get_float32_matmul_precision()
+    return f"{torch.get_default_dtype()} {precision} {kernels}".encode()
 
 
 def has_adapter(model: torch.nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils.generic import GeneralInterface
 
-from lmcache_connectors.transformers.code import code_token, is_frame, is_library, named
+from lmcache_connectors.transformers.code import (
+    code_token,
+    is_foreign,
+    is_frame,
+    is_library,
+    named,
+)
 from lmcache_connectors.transformers.guards import MISSING
 
 if TYPE_CHECKING:
@@ -39,6 +46,9 @@ _READERS = frozenset(
     }
 )  # fmt: skip
 """Functions of libraries that read files."""
+_BY_TEXT = frozenset({"attrgetter", "eval", "exec", "getattr", "globals", "modules", "vars"})
+"""What finds things by a name in a text."""
+_NAME = re.compile(r"[^\W\d]\w*")
 
 
 def function_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
@@ -67,18 +77,23 @@ def _wrapped_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
 
 def _named_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
     names, imports, constants = named(function.__code__)
-    walk.names |= names
     texts = set(constants)
+    if is_foreign(function.__module__):
+        if names & _BY_TEXT:
+            names = names.union(*map(_NAME.findall, texts))
+            imports |= texts
+        walk.foreign |= names
+    walk.names |= names
     for name in sorted(names):
         value = walk.guards.slot(function.__globals__, name)
+        if value is MISSING:
+            value = walk.guards.slot(function.__builtins__, name)
         if isinstance(value, types.ModuleType):
             yield from _module_parts(value, names, walk)
         elif value is not MISSING:
             _refuse_outside(value, walk)
             yield f"{name} {walk.token(value)}"
             texts |= {value} if isinstance(value, str) else set()
-        elif name == "open":
-            walk.refuse("code that opens files")
     for name in sorted(imports & sys.modules.keys()):
         yield from _module_parts(sys.modules[name], names, walk)
     if names & {"environ", "getenv"}:
@@ -94,6 +109,8 @@ def _module_parts(module: types.ModuleType, names: frozenset[str], walk: Walk) -
         walk.refuse(f"code that uses {module.__name__}")
     for name in sorted(names & module.__dict__.keys()):
         value = walk.guards.slot(module.__dict__, name)
+        if value is sys.modules:  # those that are meant are named in texts
+            continue
         if not isinstance(value, types.ModuleType):
             _refuse_outside(value, walk)
             yield f"{name} {walk.token(value)}"
@@ -115,6 +132,7 @@ class Members:
 
     def __init__(self) -> None:
         self._names: dict[type, str] = {}
+        self._modules: dict[str, types.ModuleType] = {}
         self._registries: dict[str, GeneralInterface] = {}
 
     def add(self, kind: type) -> str:
@@ -125,7 +143,16 @@ class Members:
         )
         if opened and not issubclass(kind, GeneralInterface):
             self._names.setdefault(kind, name)
+            if type(kind) is not type:
+                self.add(type(kind))
         return name
+
+    def add_module(self, module: types.ModuleType, walk: Walk) -> str:
+        """A module that is held as a value."""
+        if module.__name__.partition(".")[0] in _OUTSIDE:
+            walk.refuse(f"code that uses {module.__name__}")
+        self._modules.setdefault(module.__name__, module)
+        return module.__name__
 
     def add_registry(self, registry: GeneralInterface) -> str:
         """Functions by name, of which the configs choose."""
@@ -147,17 +174,19 @@ class Members:
     ) -> dict[tuple[str, str], Any]:
         for kind in self._names.keys() - opened.keys():
             opened[kind] = _members_of(kind, walk)
-        found = {}
+        found = dict(self._of_modules(walk))
         for kind, members in opened.items():
-            home = self._names[kind]
             for name in members:
-                if (home, name) not in done and (name in walk.names or _is_implicit(name, kind)):
-                    found[home, name] = members[name]
+                if name in walk.names or _is_implicit(name, kind):
+                    found[self._names[kind], name] = members[name]
         for home, registry in self._registries.items():
-            for name in walk.chosen & set(registry):
-                if (home, name) not in done:
-                    found[home, name] = registry[name]
-        return found
+            found.update(((home, name), registry[name]) for name in walk.chosen & set(registry))
+        return {key: value for key, value in found.items() if key not in done}
+
+    def _of_modules(self, walk: Walk) -> Iterator[tuple[tuple[str, str], Any]]:
+        for home, module in list(self._modules.items()):
+            for name in walk.names & module.__dict__.keys():
+                yield (home, name), walk.guards.slot(module.__dict__, name)
 
 
 def _members_of(kind: type, walk: Walk) -> dict[str, Any]:
@@ -174,4 +203,4 @@ def _members_of(kind: type, walk: Walk) -> dict[str, Any]:
 def _is_implicit(name: str, kind: type) -> bool:
     """Whether Python calls a method without anybody naming it, such as `__add__`."""
     dunder = name.startswith("__") and name.endswith("__")
-    return dunder and isinstance(getattr(kind, name, None), types.FunctionType)
+    return dunder and isinstance(getattr(kind, name, None), (types.FunctionType, types.MethodType))

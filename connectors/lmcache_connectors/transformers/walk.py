@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import collections
 import contextvars
+import ctypes
+import decimal
 import enum
 import functools
 import logging
+import operator
 import pathlib
 import re
 import threading
@@ -35,7 +38,7 @@ from lmcache_connectors.transformers.reach import ENTRIES, Members, function_par
 
 _VALUES = (
     type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented), range,
-    slice,     torch.dtype, torch.layout, torch.memory_format, torch.Size,
+    slice, decimal.Decimal, torch.dtype, torch.layout, torch.memory_format, torch.Size,
 )  # fmt: skip
 _NOT_READ = frozenset(
     {
@@ -47,11 +50,12 @@ _NOT_READ = frozenset(
         "_forward_hooks_always_called", "_forward_hooks_with_kwargs",
         "_forward_pre_hooks_with_kwargs", "warnings_issued", "name_or_path", "hf_device_map",
         "_previous_max_cache_length", "_output_capturing_hooks_installed", "_require_grads_hook",
-        "_require_grads_hooks", "_is_hf_initialized"
+        "_require_grads_hooks", "_is_hf_initialized", "training"
     }
 )  # fmt: skip
 """What torch and Transformers keep on a module for training, saving and compiling, and no forward
-reads. (Forward hooks are judged by themselves.)"""
+of theirs reads; where other code names it, it is looked at. (Forward hooks are judged by
+themselves.)"""
 _NOT_READ_OF_CONFIG = frozenset(
     {
         "_name_or_path", "name_or_path", "base_model_name_or_path", "_commit_hash", "revision",
@@ -92,16 +96,20 @@ class Walk:
         self.environment: dict[str, str | None] = {}
         self.names = set(ENTRIES)
         """What the code names that was met so far."""
+        self.foreign: set[str] = set()
+        """The same of code that is neither Transformers' nor PEFT's."""
         self.chosen: set[str] = set()
         """Names of implementations in configs."""
         self.members = Members()
         self._refusals: list[str] = []
         self._closed: list[tuple[str, str]] = []
+        self._left: list[tuple[str, Any]] = []
         self._attribute = ""
         self._known: dict[int, str] = {}
         self._kept: list[Any] = []
         self._depth = 0
         parts = [self.token(model), self.token(torch.Tensor), *self.members.parts(self)]
+        parts += [f"{k} {self.token(v)}" for k, v in self._left if k in self.foreign]
         parts += [f"{name} {value!r}" for name, value in sorted(self.environment.items())]
         self.digest = xxhash.xxh3_128_digest(_encoded(parts))
 
@@ -157,7 +165,8 @@ class Walk:
         if module.training and _drops(module):
             self.refuse("a model in training mode")
         for name, value in self.guards.state(module):
-            if name in _NOT_READ or name == "training":
+            if name in _NOT_READ:
+                self._left.append((name, value))
                 continue
             outer, self._attribute = self._attribute, "" if name.startswith("_") else name
             yield f"{name} {self.token(value)}"
@@ -194,9 +203,14 @@ def _object(x: Any, walk: Walk, leave: frozenset[str] = frozenset()) -> Iterator
     yield walk.token(kind)
     if kind is object or kind.__module__.startswith(_KNOWN_BY_CLASS):
         return
-    slots = [each for base in kind.__mro__ for each in _slots(base)]
-    if not hasattr(x, "__dict__") and not slots:
+    if not hasattr(x, "__dict__") and not any(map(_slots, kind.__mro__)):
         yield walk.closed(x)
+    yield from _held(x, walk, leave)
+
+
+def _held(x: Any, walk: Walk, leave: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Attributes and slots."""
+    slots = [each for base in type(x).__mro__ for each in _slots(base)]
     yield from walk.pairs(walk.guards.state(x), leave)
     for slot in slots:
         value = walk.guards.attribute(x, slot)
@@ -358,7 +372,7 @@ def _(x: weakref.ReferenceType, walk: Walk) -> Iterable[str]:  # type: ignore[ty
 
 @_look.register
 def _(x: types.ModuleType, walk: Walk) -> Iterable[str]:
-    return [f"module {x.__name__}"]
+    return [f"module {walk.members.add_module(x, walk)}"]
 
 
 @_look.register
@@ -366,9 +380,10 @@ def _(x: torch.device, walk: Walk) -> Iterable[str]:
     return [f"device {x.type}"]
 
 
-@_look.register(enum.Enum)
-def _(x: Any, walk: Walk) -> Iterable[str]:
-    return [f"{type(x).__qualname__}.{x.name}"]
+@_look.register
+def _(x: enum.Enum, walk: Walk) -> Iterator[str]:
+    yield f"{walk.token(type(x))} {x.name}"
+    yield from _held(x, walk)
 
 
 @_look.register(int)
@@ -376,6 +391,29 @@ def _(x: Any, walk: Walk) -> Iterable[str]:
 @_look.register(str)
 @_look.register(bytes)
 @_look.register(complex)
+def _(x: Any, walk: Walk) -> Iterator[str]:
+    """A value of a class that somebody derived."""
+    plain = next(kind for kind in type(x).__mro__ if kind in _VALUES)
+    yield f"{walk.token(type(x))} {plain.__repr__(x)}"
+    yield from _held(x, walk)
+
+
+@_look.register(operator.attrgetter)
+@_look.register(operator.itemgetter)
+@_look.register(operator.methodcaller)
+@_look.register(type(functools._CacheInfo.hits))  # type: ignore[attr-defined]
+def _(x: Any, walk: Walk) -> Iterator[str]:
+    kind, arguments = x.__reduce__()[:2]
+    walk.names.update(part for each in arguments for part in str(each).split("."))
+    yield walk.token(kind)
+    yield from map(walk.token, arguments)
+
+
+@_look.register(ctypes.c_int.__mro__[-2])
+def _(x: Any, walk: Walk) -> Iterable[str]:
+    return [walk.closed(x)]  # memory of C, which may hold addresses
+
+
 @_look.register(np.generic)
 @_look.register(re.Pattern)
 @_look.register(types.UnionType)

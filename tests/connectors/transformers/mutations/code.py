@@ -634,24 +634,6 @@ def builtin_of_python(model: Any) -> Iterator[Any]:
 
 
 @mutation()
-def custom_operator(model: Any) -> Iterator[Any]:
-    """An operator of torch.library whose implementation is another one."""
-    library = torch.library.Library("lmcache_test", "FRAGMENT")
-    library.define("scaled(Tensor x) -> Tensor")
-    library.impl("scaled", lambda x: x * 1.0, "CPU")
-
-    class Operated(torch.nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.ops.lmcache_test.scaled(super().forward(x))
-
-    output(model).__class__ = Operated
-    yield
-    library.impl("scaled", lambda x: x * 2.0, "CPU", allow_override=True)
-    yield
-    library._destroy()
-
-
-@mutation()
 def function_of_autograd(model: Any) -> Iterator[Any]:
     class Scale(torch.autograd.Function):
         @staticmethod

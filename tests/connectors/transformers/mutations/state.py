@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import contextvars
 import ctypes
 import dataclasses
@@ -16,10 +17,12 @@ import multiprocessing
 import operator
 import os
 import sys
+import tempfile
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -32,6 +35,13 @@ FACTORS = [1.0]
 SETTINGS = {"scale": {"factor": 1.0}}
 VECTOR = torch.ones(1)
 CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("factor", default=1.0)
+REFUSED = {
+    "memory_of_c",
+    "memory_shared_by_processes",
+    "memory_that_is_mapped",
+    "structure_of_c",
+}
+"""A model whose forward reads these may be refused at once."""
 LOCAL = threading.local()
 MODULE = types.ModuleType("lmcache_test_settings")
 
@@ -66,7 +76,7 @@ def _row(name: str, start: Callable[[], tuple[Callable[[], Any], Callable[[], An
         if callable(back):
             back()
 
-    add(f"state_{name}", change, soak=len(TABLE) % 2 == 1)
+    add(f"state_{name}", change, refused=name in REFUSED, soak=len(TABLE) % 2 == 1)
 
 
 def _state(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -552,6 +562,18 @@ def attribute_by_a_name_put_together() -> Any:
 
     state, one, two = Settings(), "fac", "tor"
     return lambda: getattr(state, one + two), lambda: setattr(Settings, "factor", 2.0)
+
+
+@_state
+def class_attribute_by_a_constant_name() -> Any:
+    class Settings:
+        name_that_no_code_says = 1.0
+
+    state = Settings()
+    return (
+        lambda: getattr(state, "name_that_no_code_says"),  # noqa: B009
+        lambda: setattr(Settings, "name_that_no_code_says", 2.0),
+    )
 
 
 @_state
@@ -1153,3 +1175,71 @@ def flag_of_training_that_is_read(model: Any) -> Iterator[Any]:
     reads(model, lambda: 2.0 if layer.training else 1.0)
     yield
     layer.train()
+
+
+# Files and the like: code that reads them is refused, and has to be
+
+
+@mutation(refused=True)
+def a_file(model: Any) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "factor"
+        path.write_text("1")
+        reads(model, lambda: float(path.read_text()))
+        yield
+        path.write_text("2")
+        yield
+
+
+@mutation(refused=True)
+def a_file_by_name(model: Any) -> Iterator[Any]:
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.write("1")
+        file.flush()
+        name = file.name
+        reads(model, lambda: float(open(name).read()))  # noqa: SIM115
+        yield
+        file.write("2")
+        file.flush()
+        yield
+
+
+@mutation(refused=True)
+def a_pipe(model: Any) -> Iterator[Any]:
+    """As from another process or the network."""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    last = [1.0]
+
+    def ask() -> float:
+        with contextlib.suppress(BlockingIOError):
+            last[0] = float(os.read(read, 10))
+        return last[0]
+
+    reads(model, ask)
+    yield
+    os.write(write, b"2")
+    yield
+    os.close(read)
+    os.close(write)
+
+
+@mutation(refused=True)
+def what_a_function_of_a_file_gives(model: Any) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "factor.npy")
+        numpy.save(path, numpy.ones(1))
+        reads(model, lambda: float(numpy.load(path)[0]))
+        yield
+        numpy.save(path, numpy.full(1, 2.0))
+        yield
+
+
+@mutation(refused=True)
+def whether_a_file_is_there(model: Any) -> Iterator[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "flag")
+        reads(model, lambda: 2.0 if os.path.exists(path) else 1.0)
+        yield
+        open(path, "w").close()
+        yield

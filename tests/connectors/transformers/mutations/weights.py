@@ -526,7 +526,7 @@ def a_scale_on_a_parameter(model: Any) -> Iterator[Any]:
     layer.weight.scale.fill_(2)
 
 
-@mutation("llama", dtypes=("float32",))
+@mutation("llama", dtypes=("float32",), refused=True)
 def a_sparse_weight(model: Any) -> Iterator[Any]:
     class Sparse(torch.nn.Module):
         def __init__(self, weight: torch.Tensor) -> None:
