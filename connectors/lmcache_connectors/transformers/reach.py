@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import os
 import re
@@ -34,9 +35,9 @@ ENTRIES = frozenset(
 """Where generate enters a module's class; the rest is reached from there by name."""
 _OUTSIDE = frozenset(
     {
-        "_io", "ctypes", "datetime", "glob", "http", "io", "mmap", "multiprocessing", "pathlib",
-        "pickle", "random", "requests", "secrets", "shelve", "shutil", "socket", "sqlite3",
-        "subprocess", "tempfile", "time", "urllib", "uuid"
+        "_io", "ctypes", "datetime", "genericpath", "glob", "http", "io", "mmap",
+        "multiprocessing", "nt", "pathlib", "pickle", "posix", "random", "requests", "secrets",
+        "shelve", "shutil", "socket", "sqlite3", "subprocess", "tempfile", "time", "urllib", "uuid"
     }
 )  # fmt: skip
 """Modules that give what hangs on no object: files, clocks, dice, the network."""
@@ -46,6 +47,13 @@ _READERS = frozenset(
     }
 )  # fmt: skip
 """Functions of libraries that read files."""
+_OF_FILES = frozenset(
+    {
+        "exists", "is_dir", "is_file", "iterdir", "read_bytes", "read_text", "readinto",
+        "readline", "readlines", "recv"
+    }
+)  # fmt: skip
+"""Methods of paths, files and sockets."""
 _BY_TEXT = frozenset({"attrgetter", "eval", "exec", "getattr", "globals", "modules", "vars"})
 """What finds things by a name in a text."""
 _NAME = re.compile(r"[^\W\d]\w*")
@@ -83,11 +91,13 @@ def _named_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
             names = names.union(*map(_NAME.findall, texts))
             imports |= texts
         walk.foreign |= names
+        for name in sorted(names & _OF_FILES):
+            walk.refuse(f"code that calls {name}()")
     walk.names |= names
     for name in sorted(names):
         value = walk.guards.slot(function.__globals__, name)
         if value is MISSING:
-            value = walk.guards.slot(function.__builtins__, name)
+            value = walk.guards.slot(vars(builtins), name)
         if isinstance(value, types.ModuleType):
             yield from _module_parts(value, names, walk)
         elif value is not MISSING:

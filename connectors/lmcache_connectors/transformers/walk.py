@@ -393,7 +393,7 @@ def _(x: enum.Enum, walk: Walk) -> Iterator[str]:
 @_look.register(complex)
 def _(x: Any, walk: Walk) -> Iterator[str]:
     """A value of a class that somebody derived."""
-    plain = next(kind for kind in type(x).__mro__ if kind in _VALUES)
+    plain: Any = next(kind for kind in type(x).__mro__ if kind in _VALUES)
     yield f"{walk.token(type(x))} {plain.__repr__(x)}"
     yield from _held(x, walk)
 
@@ -401,7 +401,7 @@ def _(x: Any, walk: Walk) -> Iterator[str]:
 @_look.register(operator.attrgetter)
 @_look.register(operator.itemgetter)
 @_look.register(operator.methodcaller)
-@_look.register(type(functools._CacheInfo.hits))  # type: ignore[attr-defined]
+@_look.register(type(functools._CacheInfo.hits))
 def _(x: Any, walk: Walk) -> Iterator[str]:
     kind, arguments = x.__reduce__()[:2]
     walk.names.update(part for each in arguments for part in str(each).split("."))
