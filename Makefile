@@ -50,6 +50,7 @@ setup: $(OLDEST) $(VLLM)/.ready
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_tiers.py
 	$(BIN)/python benchmarks/bench_transformers.py
+	$(BIN)/python benchmarks/bench_identity.py
 
 bench-remote: $(READY)
 	sh .ci/servers
