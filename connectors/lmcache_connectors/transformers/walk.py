@@ -16,6 +16,7 @@ import enum
 import functools
 import logging
 import operator
+import os
 import pathlib
 import re
 import threading
@@ -412,6 +413,11 @@ def _(x: Any, walk: Walk) -> Iterator[str]:
 @_look.register(ctypes.c_int.__mro__[-2])
 def _(x: Any, walk: Walk) -> Iterable[str]:
     return [walk.closed(x)]  # memory of C, which may hold addresses
+
+
+@_look.register(type(os.environ))
+def _(x: Any, walk: Walk) -> Iterable[str]:
+    return [type(x).__qualname__]  # the variables that code names are looked up one by one
 
 
 @_look.register(np.generic)
