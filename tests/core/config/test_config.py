@@ -305,7 +305,7 @@ PLUGINS: dict[str, tuple[str, str, str]] = {
     "an unfinished backend": (
         "backends",
         f"{__name__}:Unfinished",
-        "lacks contains, delete, get, put, scan",
+        "lacks contains, delete, get, put",
     ),
     "one that cannot be opened": ("backends", f"{__name__}:Angry", "not today"),
 }
