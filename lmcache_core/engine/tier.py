@@ -205,12 +205,14 @@ class Tier:
         if self._reads.bypassed:
             return Found([False] * len(keys), Reason.BYPASSED)
         begin = time.monotonic()
+        before = set(self._unreadable.among(keys))  # which may be there no more when it answers
         try:
             present = self._call(lambda transfer: self._look(keys, transfer))
         except Exception as error:
             return Found([False] * len(keys), self._failed(self._reads, "lookup", error))
         self._reads.succeeded(proof=False)
         present = self._unreadable.hide(keys, present)
+        present = [there and key not in before for key, there in zip(keys, present, strict=True)]
         seconds = time.monotonic() - begin
         found = sum(present)
         event = LookedUp(tier=self.name, chunks=len(keys), found=found, seconds=seconds)

@@ -24,6 +24,8 @@ _MEMORY = ("kv_cache",)
 """Attributes that hold KV, not weights."""
 _TORCH = frozenset(vars(torch.nn.Module()))
 """What torch keeps of every module itself: its parameters and buffers are asked for by name."""
+_RELOADING = ("_do_torchao_reload", "_original_do_torchao_reload")
+"""What vLLM notes on a model while it reloads weights, and leaves there."""
 _NUMBERS = (float, bool)
 _HELPERS = ("vllm.model_executor.", "vllm.v1.attention.")
 """Packages whose objects help modules, and hold weights for them."""
@@ -102,7 +104,7 @@ class _Walk:
             yield from ((f"{path}.{key}", each) for key, each in module._parameters.items())
             yield from ((f"{path}.{key}", each) for key, each in module._buffers.items())
             for key, value in vars(module).items() if not _of_lora(module) else ():
-                if key not in _TORCH and key not in _MEMORY:
+                if key not in _TORCH and key not in _MEMORY and key not in _RELOADING:
                     yield from self.value(f"{path}.{key}", value)
                     yield from self._helper(f"{path}.{key}", value)
 
@@ -157,6 +159,7 @@ def _code(models: Iterable[torch.nn.Module]) -> dict[str, bytes]:
     kinds = {kind for model in models for part in model.modules() for kind in type(part).__mro__}
     names = {kind.__module__ for kind in kinds}
     names = {name for name in names if name.partition(".")[0] not in _LIBRARIES}
+    names = {name for name in names if not name.startswith("vllm.lora.")}  # as in the walk
     for name in list(names):
         package, dot, _ = name.rpartition(".")
         if dot and not name.startswith("vllm."):
