@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import tracemalloc
@@ -145,6 +146,7 @@ class EvictionConformance:
 
     def test_memory_a_chunk(self) -> None:
         chunks = 10_000
+        gc.collect()
         tracemalloc.start()
         before, _ = tracemalloc.get_traced_memory()
         index: Index[None] = Index(chunks, self.policy(chunks))
@@ -152,6 +154,7 @@ class EvictionConformance:
             sequence = chain((number,) * 20)
             _request(index, sequence, 1)
         del sequence
+        gc.collect()
         after, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert len(index) == chunks
