@@ -23,5 +23,6 @@ def test_forged_frames_are_misses_take_no_memory_and_do_not_wait() -> None:
     assert len(found) == 10
     for name, came in found.items():
         assert came["damaged"] > 300, name
-        assert came["space"] < 64, name  # MiB; a chunk has a few KiB, and none may take over 1 MiB
+        # MiB of address space; each new thread may reserve 64 for its arena. A chunk has a few KiB.
+        assert came["space"] < 256, name
         assert came.get("read", 0) or "encrypt" in name, name

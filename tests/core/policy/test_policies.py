@@ -24,3 +24,4 @@ class TestSharesOfLRU(EvictionConformance):
 
 class TestSharesOfAuto(EvictionConformance):
     policy = partial(Shares, make=Auto)
+    bytes_a_chunk = 340  # each namespace has a sample of its own
