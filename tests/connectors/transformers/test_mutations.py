@@ -32,7 +32,8 @@ from tests.connectors.transformers.tiny import (
     tokens,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Minutes: `make soak` runs them.
+pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 
 
 def _cells(number: int, mutation: Mutation) -> list[tuple[str, str]]:

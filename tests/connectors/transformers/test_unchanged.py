@@ -21,7 +21,8 @@ from tests.connectors.transformers.tiny import (
 )
 from tests.connectors.transformers.unchanged import FORMS, SERVED, SLOW
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+# Minutes: `make soak` runs them.
+pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
 
 HIT = PREFIX // CHUNK
 ONCE = [0]
