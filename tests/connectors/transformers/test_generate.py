@@ -737,8 +737,10 @@ def test_padding_where_positions_are_columns(
     cache: CacheEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A decoder that takes no position_ids is served without padding only."""
-    model = other("RoFormerForCausalLM", transformers.RoFormerConfig(
-        **COMMON, embedding_size=32, is_decoder=True))  # fmt: skip
+    model = other("TrOCRForCausalLM", transformers.TrOCRConfig(
+        vocab_size=VOCABULARY, d_model=32, decoder_layers=2, decoder_attention_heads=4,
+        decoder_ffn_dim=48, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1))  # fmt: skip
     ids = tokens(2, 30)
     ids[0, :5] = 0
     mask = (ids != 0).long()
