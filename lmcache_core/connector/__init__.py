@@ -2,11 +2,12 @@
 
 Where the config comes from and what happens without one (`start`), what a model's config says of
 its KV (`identity`), the longest usable prefix over groups and ranks (`prefix`), what computing
-takes (`steps`), an engine's own rows of memory (`rows`).
+takes (`steps`), an engine's blocks of memory (`memory`) or rows of it (`rows`).
 """
 
 from lmcache_core.config.loading import environment_is_set, strict_requested
 from lmcache_core.connector.identity import config_digest, depends_on_length, rope_types
+from lmcache_core.connector.memory import Packing, PagedMemory
 from lmcache_core.connector.prefix import Row, chunk_ends, first_kept, longest
 from lmcache_core.connector.rows import Rows, row_layout
 from lmcache_core.connector.start import go_on_without, is_strict, read_config
@@ -22,6 +23,8 @@ __all__ = [
     "LOG",
     "DaemonPool",
     "LoadGate",
+    "Packing",
+    "PagedMemory",
     "Row",
     "Rows",
     "Steps",

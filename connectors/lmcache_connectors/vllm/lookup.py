@@ -33,14 +33,15 @@ class Lookup:
         hashed: int,
         unit: int,
     ) -> None:
-        """`ranks`: each one's groups. `where`: the tier that has each of these keys, if one has.
-        Tokens of a chunk, of what a hash stands for, and of what a hit is a multiple of."""
+        """`ranks`: each one's groups; with none, nothing is found. `where`: the tier that has each
+        of these keys, if one has. `chunk`, `hashed`, `unit`: tokens of a chunk, of what a hash
+        stands for, and of what a hit is a multiple of."""
         self._ranks, self._where = ranks, where
         self._chunk, self._hashed, self._unit = chunk, hashed, unit
 
     def find(self, hashes: Sequence[bytes], usable: int, salt: str) -> Found:
         """The longest prefix that every group of every rank has, as far as it needs it."""
-        total = len(hashes) * self._hashed
+        total = len(hashes) * self._hashed if self._ranks else 0
         total -= total % self._unit
         ends = chunk_ends(0, total, self._chunk)
         where = self._locate(hashes, ends, salt)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
 
 
 class OwnCache:

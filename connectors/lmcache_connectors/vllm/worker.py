@@ -21,12 +21,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from lmcache_connectors.vllm import cache
 from lmcache_connectors.vllm.chunks import Chunks, Group, all_or_nothing
-from lmcache_connectors.vllm.memory import GroupMemory
 from lmcache_connectors.vllm.messages import Metadata, Report
 from lmcache_connectors.vllm.packing import Packing, layer_write, prove
 from lmcache_connectors.vllm.weights import adapter_here
 from lmcache_core import ConfigError, Hit, Tensors
-from lmcache_core.connector import LOG, DaemonPool, run_threads_on, side_stream, whole
+from lmcache_core.connector import LOG, DaemonPool, PagedMemory, run_threads_on, side_stream, whole
 
 LOADS = 8
 """Requests whose KV is loaded at once."""
@@ -63,7 +62,7 @@ class _Job(NamedTuple):
     chunks: Chunks
     ids: list[int]
     group: Group
-    memory: GroupMemory
+    memory: PagedMemory
 
 
 class Worker:
@@ -72,7 +71,7 @@ class Worker:
     def __init__(self, config: VllmConfig, kv: KVCacheConfig) -> None:
         """Raises ConfigError for what cannot be stored, RuntimeError where no thread can be had."""
         self._config, self._kv = config, kv
-        self._memory: list[GroupMemory] = []
+        self._memory: list[PagedMemory] = []
         self._loads: dict[str, _Load] = {}
         self._failed_blocks: set[int] = set()
         self._whole = False
@@ -105,7 +104,7 @@ class Worker:
         for part in self._shape.parts:
             layout = part.layout.groups[0]
             mine = [layers[name] for name in part.names]
-            memory = GroupMemory(mine, layout, part.block, part.packing)
+            memory = PagedMemory(mine, layout, part.block, part.packing)
             memory.prove()
             if part.packing and layout.value_dim:
                 self._prove_packing(part.packing, part.names[0], mine[0])

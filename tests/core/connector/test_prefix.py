@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,3 +70,19 @@ def test_chunks_cover_what_they_are_asked_for(begin: int, end: int, chunk: int) 
         assert begin < ends[0] <= begin - begin % chunk + chunk
     else:
         assert ends == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "ends"),
+    [
+        (0, 0, []),
+        (0, 1, [1]),
+        (0, 4, [4]),
+        (0, 9, [4, 8, 9]),
+        (3, 9, [4, 8, 9]),
+        (4, 8, [8]),
+        (5, 6, [6]),
+    ],
+)
+def test_ends_of_chunks(begin: int, end: int, ends: list[int]) -> None:
+    assert chunk_ends(begin, end, 4) == ends

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from lmcache_core.connector import chunk_ends
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.test_connector import answers, connector, flush, forget, prompt
 
@@ -22,22 +21,6 @@ def disk(tmp_path: Path) -> dict[str, Any]:
 
 def files(tmp_path: Path) -> int:
     return len(list((tmp_path / "kv").glob("chunks/*/*")))
-
-
-@pytest.mark.parametrize(
-    ("begin", "end", "ends"),
-    [
-        (0, 0, []),
-        (0, 1, [1]),
-        (0, 4, [4]),
-        (0, 9, [4, 8, 9]),
-        (3, 9, [4, 8, 9]),
-        (4, 8, [8]),
-        (5, 6, [6]),
-    ],
-)
-def test_ends_of_chunks(begin: int, end: int, ends: list[int]) -> None:
-    assert chunk_ends(begin, end, 4) == ends
 
 
 def test_small_blocks_are_stored_together_and_the_last_ones_too(

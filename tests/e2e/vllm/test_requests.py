@@ -20,8 +20,8 @@ from lmcache_connectors.vllm import scheduler as scheduling
 from lmcache_connectors.vllm import worker as working
 from lmcache_connectors.vllm.connector import LmcacheCoreConnector
 from lmcache_connectors.vllm.lookup import Lookup
-from lmcache_connectors.vllm.memory import GroupMemory
 from lmcache_connectors.vllm.messages import Metadata
+from lmcache_core.connector import PagedMemory
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
 from tests.e2e.vllm.test_connector import (
     GREEDY,
@@ -187,11 +187,12 @@ def test_a_step_that_computes_does_not_wait_for_loads(
     idle: list[bool] = []
     waited: list[bool] = []
     start = LmcacheCoreConnector.start_load_kv
+    endless = SimpleNamespace(end=Future())
 
     def without_context(self: Any, context: Any, **more: Any) -> None:
         idle.append(context.attn_metadata is None)
         waited.append(False)
-        self._worker._loads["another"] = Future()  # never ends
+        self._worker._loads["another"] = endless
         with set_forward_context(None, self._vllm_config):
             start(self, get_forward_context(), **more)
         del self._worker._loads["another"]
@@ -297,7 +298,7 @@ def test_drafts_that_run_ahead_of_what_is_known(llama: Path, disk: dict[str, Any
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """VLLM's memory is not the host's, as far as the worker knows."""
     elsewhere = property(lambda self: SimpleNamespace(type="another"))
-    monkeypatch.setattr(GroupMemory, "device", elsewhere)
+    monkeypatch.setattr(PagedMemory, "device", elsewhere)
 
 
 @pytest.mark.usefixtures("device")
@@ -319,7 +320,7 @@ def test_where_the_device_has_no_room_nothing_is_stored_and_vllm_goes_on(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(GroupMemory, "staged", full)
+    monkeypatch.setattr(PagedMemory, "staged", full)
     with engine(llama, disk) as llm:
         cold = answers(llm, prompt(100))
         forget(llm)

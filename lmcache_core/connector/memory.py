@@ -1,7 +1,8 @@
-"""vLLM's KV memory: whole blocks out of it and into it, and the proof that these are the blocks.
+"""Paged memory: an engine's blocks of KV, out of its memory and into it, and the proof that these
+are the blocks.
 
-A layer is a view [blocks, kv_heads, tokens, width] on an allocation that layers share. What lies
-within a block is the attention backend's affair (the CPU's packs keys transposed), so only whole
+A layer is a view [blocks, kv_heads, tokens, width] on memory that layers may share. What lies
+within a block is the engine's affair (vLLM's CPU backend packs keys transposed), so only whole
 blocks move.
 """
 
@@ -9,16 +10,31 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
-from lmcache_connectors.vllm.packing import Packing
-from lmcache_core import ConfigError, LayerGroup, Tensors, copy_exact, record_event
+from lmcache_core.errors import ConfigError
+from lmcache_core.io.device import record_event
+from lmcache_core.kv.layout import LayerGroup, Tensors
+from lmcache_core.kv.tensors import copy_exact
 
 
-class GroupMemory:
-    """The layers of one KV cache group. A block id means the same place in each of them."""
+class Packing(Protocol):
+    """The way between blocks as an engine packs them, [layers, kv_heads, tokens, width], and keys
+    and values, [layers, kv_heads, tokens, dim]; no values: MLA."""
+
+    def unpack(self, block: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, /) -> None:
+        """Copy a block into `k` and `v`."""
+
+    def pack(self, k: torch.Tensor, v: torch.Tensor | None, block: torch.Tensor, /) -> None:
+        """The inverse: copy `k` and `v` into a block, in place."""
+
+
+class PagedMemory:
+    """The layers of one group of an engine's. A block's number means the same place in each."""
 
     def __init__(
         self,
@@ -35,7 +51,7 @@ class GroupMemory:
         for layer in self._layers:
             if tuple(layer.shape[1:]) != expected or str(layer.dtype) != f"torch.{group.dtype}":
                 raise ConfigError(
-                    f"expected blocks of {group.dtype} {list(expected)}; vLLM has "
+                    f"expected blocks of {group.dtype} {list(expected)}; found "
                     f"{layer.dtype} {list(layer.shape[1:])}"
                 )
         self._key_dim = group.key_dim
@@ -44,6 +60,10 @@ class GroupMemory:
         """Where blocks are whose number says it no more."""
         self.ready: torch.cuda.Event | None = None
         """When the blocks are there; None for now."""
+
+    def __repr__(self) -> str:
+        blocks = list(self._layers[0].shape)
+        return f"PagedMemory({len(self._layers)} layers of {blocks} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -75,8 +95,8 @@ class GroupMemory:
         return tensors["g0.k"][:, :, tokens], values
 
     def _views(self, block: int, parts: _Parts) -> Iterator[tuple[torch.Tensor, _Parts]]:
-        """The block in vLLM's memory beside the chunk's part: of all layers at once where vLLM
-        has them at equal distances, else of one after the other."""
+        """The block in the engine's memory beside the chunk's part: of all layers at once where
+        they lie at equal distances, else of one after the other."""
         if self._joined is not None:
             yield self._joined[:, block], parts
             return
@@ -85,8 +105,8 @@ class GroupMemory:
             assert keys is not None
             yield layer[block].unsqueeze(0), (keys, values)
 
-    def staged(self, blocks: Sequence[int]) -> GroupMemory:
-        """These blocks, copied on the device as they are at this record_event of its work."""
+    def staged(self, blocks: Sequence[int]) -> PagedMemory:
+        """These blocks, copied on the device as they are at this point of its work."""
         twin = copy.copy(self)
         index = torch.tensor(blocks, device=self._layers[0].device)
         twin._layers = [layer.index_select(0, index) for layer in self._layers]
@@ -118,7 +138,7 @@ class GroupMemory:
             still = all(_same(a, b) for a, b in zip(around, after, strict=True))
             same = all(_same(back[name], tensor) for name, tensor in chunk.items())
             if not (there and still and same):
-                raise ConfigError("blocks of vLLM's KV memory are not where they should be")
+                raise ConfigError("blocks of the engine's KV memory are not where they should be")
         finally:
             for layer, part in zip(self._layers, kept, strict=True):
                 layer[block].copy_(part)
@@ -159,10 +179,7 @@ def _joined(layers: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 def _pattern(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """Bytes that differ from place to place, on the host."""
-    count = 1
-    for n in shape:
-        count *= n
-    data = torch.arange(count * like.element_size(), dtype=torch.int64)
+    data = torch.arange(math.prod(shape) * like.element_size(), dtype=torch.int64)
     data = (data * 2654435761 >> 7) & 0x7F
     return data.to(torch.uint8).view(like.dtype).view(*shape)
 
