@@ -2,6 +2,7 @@
 # make test   everything that can be checked here, from nothing
 # make soak   the long tests: all changes and all uses of all kinds of models
 # make families  which of Transformers' models are served: docs/transformers.md
+# make reliability  what each call costs while a store fails: docs/reliability.md
 # make bench  the figures in README.md
 # make bench-remote  load, store and lookup of network backends: docs/backends.md
 # make bench-policy  hits of the eviction policies on TRACES: docs/policies.md
@@ -24,7 +25,7 @@ PYTEST_ARGS ?=
 PIP := python -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test soak families setup python bench bench-policy bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
+.PHONY: demo test soak families reliability setup python bench bench-policy bench-remote bench-serde bench-shm bench-vllm fuzz lint clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -42,6 +43,10 @@ soak: $(OLDEST) $(READY)
 
 families: $(READY)
 	$(BIN)/python -m tests.connectors.transformers.families --write
+
+reliability: $(READY)
+	sh .ci/servers
+	$(BIN)/python -m tests.backends.reliability --write
 
 # All that the tests need; pip keeps one core busy for minutes, for each of two environments.
 setup: $(OLDEST) $(VLLM)/.ready

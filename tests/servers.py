@@ -133,6 +133,11 @@ class Proxy:
     stall_after: bytes after which nothing comes any more, while the connection stays open.
     garble_at: (offset, bytes): put these in the place of what the server sent.
     rate: bytes a second.
+    delay: seconds before each answer.
+    largest: bytes of an answer that still come through; a larger one stops there, and so does its
+    connection, as where large packets are lost.
+    says: what is sent in the place of any answer, as another kind of server would.
+    first: what is sent before the first answer of a connection, which nobody asked for.
     mute: how many connections, the next that are in the middle of a large answer, never bring
     anything again.
     Bytes are counted for each connection, from its beginning or from when the fault was set.
@@ -143,6 +148,10 @@ class Proxy:
         self.stall_after: int | None = None
         self.garble_at: tuple[int, bytes] | None = None
         self.rate: float | None = None
+        self.delay = 0.0
+        self.largest: int | None = None
+        self.says: bytes | None = None
+        self.first: bytes | None = None
         self.mute = 0
         self._muting = threading.Lock()
         self.connections = 0
@@ -153,9 +162,11 @@ class Proxy:
         self.round_trips = 0
         """Times that a client sent something after the server had."""
         self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener: socket.socket | None = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self._open: list[socket.socket] = [self._listener]
+        self._accepting = threading.Lock()
+        self._dark: list[socket.socket] = []
+        """Sockets that keep new connections from being answered."""
         self._closing = threading.Event()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -163,14 +174,46 @@ class Proxy:
     def heal(self) -> None:
         """Behave, from now on."""
         self.cut_after = self.stall_after = self.garble_at = self.rate = None
+        self.largest = self.says = self.first = None
+        self.delay = 0.0
+        for sock in self._dark:
+            sock.close()
+        self._dark = []
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+
+    def refuse(self) -> None:
+        """Cut what is connected, and listen no more."""
+        self._hang_up()
+        self.cut_after = 0
+
+    def darken(self) -> None:
+        """What is connected falls silent, and no new connection is ever answered: packets go
+        nowhere."""
+        self._hang_up()
+        self.stall_after = 0
+        listener = socket.create_server(("127.0.0.1", self.port), backlog=0)
+        self._dark.append(listener)
+        for _ in range(3):  # fill the queue of connections that nobody accepts
+            sock = socket.socket()
+            sock.setblocking(False)
+            sock.connect_ex(("127.0.0.1", self.port))
+            self._dark.append(sock)
 
     def close(self) -> None:
         """Cut everything."""
         self._closing.set()
         for thread in list(self._threads):
             thread.join(PATIENCE)
-        for sock in self._open:
+        self._hang_up()
+        for sock in self._dark:
             sock.close()
+
+    def _hang_up(self) -> None:
+        with self._accepting:
+            if self._listener is not None:
+                self._listener.close()
+            self._listener = None
 
     def __enter__(self) -> Proxy:
         return self
@@ -180,49 +223,26 @@ class Proxy:
 
     def _accept(self) -> None:
         while not self._closing.is_set():
-            if not select.select([self._listener], [], [], 0.05)[0]:
+            client = self._next_client()
+            if client is None:
+                self._closing.wait(0.001)
                 continue
-            client, _ = self._listener.accept()
             self.connections += 1
             thread = threading.Thread(target=self._relay, args=(client,), daemon=True)
             self._threads.append(thread)
             thread.start()
 
-    def _relay(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError):
-            server = socket.create_connection(("127.0.0.1", self._target), 5.0)
-            with server:
-                self._pump(client, server)
+    def _next_client(self) -> socket.socket | None:
+        with self._accepting:
+            listener = self._listener
+            if listener is None or not select.select([listener], [], [], 0.05)[0]:
+                return None
+            return listener.accept()[0]
 
-    def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        passed, faults, mute, row = 0, self._faults(), False, 0
-        speaking: socket.socket = server
-        while not self._closing.is_set():
-            if faults != self._faults():
-                passed, faults = 0, self._faults()
-            stalled = mute or (self.stall_after is not None and passed >= self.stall_after)
-            for sock in select.select([client] if stalled else [client, server], [], [], 0.05)[0]:
-                if row > 100_000 and self._is_muted_now():
-                    mute = True
-                    break
-                data = sock.recv(self._portion(passed) if sock is server else 1 << 16)
-                if not data:
-                    return
-                if sock is client:
-                    self.asked += len(data)
-                    self.round_trips += speaking is server
-                row = 0 if sock is client else row + len(data)
-                speaking = sock
-                if sock is client:
-                    server.sendall(data)
-                    continue
-                self.answered += len(data)  # before the client can look
-                client.sendall(self._changed(data, passed))
-                passed += len(data)
-                if self.cut_after is not None and passed >= self.cut_after:
-                    return
-                if self.rate is not None:
-                    self._closing.wait(len(data) / self.rate)
+    def _relay(self, client: socket.socket) -> None:
+        target = ("127.0.0.1", self._target)
+        with client, contextlib.suppress(OSError), socket.create_connection(target, 5.0) as server:
+            _Relayed(self, client, server).pump()
 
     def _is_muted_now(self) -> bool:
         with self._muting:
@@ -231,22 +251,88 @@ class Proxy:
         return muted
 
     def _faults(self) -> tuple[object, ...]:
-        return self.cut_after, self.stall_after, self.garble_at
+        return self.cut_after, self.stall_after, self.garble_at, self.first
 
-    def _portion(self, passed: int) -> int:
+
+class _Relayed:
+    """One connection through a proxy."""
+
+    def __init__(self, proxy: Proxy, client: socket.socket, server: socket.socket) -> None:
+        self._proxy, self._client, self._server = proxy, client, server
+        self._faults = proxy._faults()
+        self._passed = 0
+        """Bytes from the server, since the fault was set."""
+        self._row = 0
+        """Bytes of the answer that is under way."""
+        self._mute = self._answered = False
+        self._heard = True
+        """Whether the server spoke last."""
+
+    def pump(self) -> None:
+        """Pass on what comes, until either side or a fault ends it."""
+        proxy, going_on = self._proxy, True
+        while going_on and not proxy._closing.is_set():
+            if self._faults != proxy._faults():
+                self._passed, self._faults, self._answered = 0, proxy._faults(), False
+            if proxy.cut_after is not None and self._passed >= proxy.cut_after:
+                return
+            both = [self._client] if self._stalled() else [self._client, self._server]
+            for sock in select.select(both, [], [], 0.05)[0]:
+                going_on = self._asks() if sock is self._client else self._answers()
+                if not going_on:
+                    break
+
+    def _stalled(self) -> bool:
+        proxy = self._proxy
+        if self._row > 100_000 and not self._mute:
+            self._mute = proxy._is_muted_now()
+        if proxy.largest is not None and self._row >= proxy.largest:
+            self._mute = True
+        return self._mute or (proxy.stall_after is not None and self._passed >= proxy.stall_after)
+
+    def _asks(self) -> bool:
+        proxy, data = self._proxy, self._client.recv(1 << 16)
+        proxy.asked += len(data)
+        proxy.round_trips += self._heard
+        self._row, self._heard = 0, False
+        if proxy.says is None:
+            self._server.sendall(data)
+        else:
+            self._client.sendall(proxy.says)
+        return bool(data)
+
+    def _answers(self) -> bool:
+        proxy, data = self._proxy, self._server.recv(self._portion())
+        if self._row == 0:
+            proxy._closing.wait(proxy.delay)
+        if proxy.first is not None and not self._answered:
+            self._client.sendall(proxy.first)
+        proxy.answered += len(data)  # before the client can look
+        self._client.sendall(self._changed(data))
+        self._row += len(data)
+        self._answered = self._heard = True
+        self._passed += len(data)
+        if proxy.rate is not None:
+            proxy._closing.wait(len(data) / proxy.rate)
+        return bool(data)
+
+    def _portion(self) -> int:
         """How many bytes to take next, so that a fault comes at its very byte."""
-        limits = [n - passed for n in (self.cut_after, self.stall_after) if n is not None]
-        if self.rate is not None:
-            limits.append(int(self.rate / 20) or 1)
+        proxy = self._proxy
+        limits = [n - self._passed for n in (proxy.cut_after, proxy.stall_after) if n is not None]
+        if proxy.largest is not None:
+            limits.append(proxy.largest - self._row)
+        if proxy.rate is not None:
+            limits.append(int(proxy.rate / 20) or 1)
         return max(1, min([1 << 16, *limits]))
 
-    def _changed(self, data: bytes, passed: int) -> bytes:
-        if self.garble_at is None:
+    def _changed(self, data: bytes) -> bytes:
+        if self._proxy.garble_at is None:
             return data
-        offset, garbage = self.garble_at
-        first = max(0, offset - passed)
-        last = min(len(data), offset + len(garbage) - passed)
+        offset, garbage = self._proxy.garble_at
+        first = max(0, offset - self._passed)
+        last = min(len(data), offset + len(garbage) - self._passed)
         if first >= last:
             return data
-        start = passed + first - offset
+        start = self._passed + first - offset
         return data[:first] + garbage[start : start + last - first] + data[last:]
