@@ -633,7 +633,7 @@ def test_an_engine_gathers_straight_into_the_pages_that_others_load(pool: str) -
             gathered.extend(tensor.fill_(index).data_ptr() - bases[0] for tensor in out.values())
 
         assert one.store(namespace, keys, gather) == 4
-        chunks = list(two.load(keys))
+        chunks = list(two.load(keys, shared=True))
         loaded = [t.data_ptr() - bases[1] for chunk in chunks for t in chunk.tensors.values()]
         assert loaded == gathered
         assert [float(chunk.tensors["g0.v"].min()) for chunk in chunks] == [0, 1, 2, 3]
@@ -668,6 +668,8 @@ def test_a_gather_that_fails_leaves_nothing(pool: str) -> None:
         def gather(index: int, out: lmcache_core.Tensors) -> None:
             if index == 2:
                 raise RuntimeError("no")
+            for tensor in out.values():
+                tensor.fill_(index)
 
         with pytest.raises(RuntimeError, match="no"):
             cache.store(namespace, keys, gather)

@@ -44,8 +44,8 @@ def watch(cache: lmcache_core.CacheEngine, counts: dict[str, int]) -> None:
     whole = cache._tiers[0]._backend._pool._segment.whole
     load, allocate = cache.load, Transfer.allocate
 
-    def watched(what: Any) -> Iterator[lmcache_core.Chunk]:
-        for chunk in load(what):
+    def watched(what: Any, **options: Any) -> Iterator[lmcache_core.Chunk]:
+        for chunk in load(what, **options):
             for tensor in chunk.tensors.values():
                 counts["tensors"] += 1
                 counts["shared"] += 0 <= tensor.data_ptr() - whole.ctypes.data < whole.nbytes
