@@ -94,7 +94,7 @@ class Dial:
             connection.send([b"set auth 0 0 %d\r\n%b\r\n" % (len(self._login), self._login)])
             line = connection.line()
             if line != b"STORED":
-                raise Refused(_says(connection, line))
+                raise _no(connection, line)
 
 
 def _largest(connection: Connection) -> int:
@@ -105,7 +105,7 @@ def _largest(connection: Connection) -> int:
         if found := re.fullmatch(rb"STAT item_size_max ([0-9]+)", line):
             limit = int(found[1]) - _ITEM_OVERHEAD
         elif not line.startswith(b"STAT "):
-            raise Refused(_says(connection, line))
+            raise _no(connection, line)
     if limit <= 0:
         raise StorageError(f"{connection.address}: does not say how large an item may be")
     return limit
@@ -221,6 +221,13 @@ def value_follows(connection: Connection, line: bytes) -> tuple[int, list[bytes]
     if len(words) >= 2 and words[0] == b"VA" and words[1].isdigit():
         return int(words[1]), words[2:]
     raise StorageError(_says(connection, line))
+
+
+def _no(connection: Connection, line: bytes) -> StorageError:
+    """What a server says that lets nobody in; what is not memcached's may be a proxy's word, while
+    the server starts."""
+    kind = Refused if line.startswith((b"ERROR", b"CLIENT_ERROR")) else StorageError
+    return kind(_says(connection, line))
 
 
 def _says(connection: Connection, line: bytes) -> str:
