@@ -6,8 +6,8 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,13 +18,23 @@ from lmcache_connectors.transformers.call import Call, pads_of
 from lmcache_connectors.transformers.identity import Identity, Observer, has_adapter
 from lmcache_connectors.transformers.layers import Pair, columns_of, filled, note, stop_noting
 from lmcache_connectors.transformers.refusal import NotCacheable
-from lmcache_connectors.transformers.shape import Shape
+from lmcache_connectors.transformers.shape import Layers, Shape
 from lmcache_connectors.transformers.trial import Trial
-from lmcache_core import CacheEngine, ConfigError, Hit, Tensors, copy_exact, tenant_digest
+from lmcache_core import (
+    CacheEngine,
+    ConfigError,
+    Hit,
+    Tensors,
+    Weights,
+    copy_exact,
+    tenant_digest,
+)
 from lmcache_core.connector import whole
 
 log = logging.getLogger("lmcache_core")
 
+K = TypeVar("K")
+V = TypeVar("V")
 IDENTITIES = 64
 """Identities whose KV is remembered: adapters that are switched to and fro."""
 _AGAIN = object()
@@ -108,12 +118,12 @@ class Attached:
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._takes_positions = "position_ids" in parameters
         self._observer = Observer(model)
-        self._shapes: dict[Identity, Shape | NotCacheable] = {}
-        self._tried: dict[bytes, NotCacheable | None] = {}
+        self._layers: dict[bytes, Layers | NotCacheable] = {}
+        self._shapes: dict[Identity, Shape] = {}
 
     def __repr__(self) -> str:
-        known = [each.namespace for each in self._shapes.values() if isinstance(each, Shape)]
-        return f"Attached({type(self.model).__name__}, {len(known)} identities, {self._observer})"
+        name, known = type(self.model).__name__, len(self._shapes)
+        return f"Attached({name}, {known} identities, {self._observer})"
 
     def look(self) -> None:
         """Try the model, and say why its KV cannot be reused. Raises ConfigError."""
@@ -239,42 +249,36 @@ class Attached:
         if "prepare_inputs_for_generation" in self.model.__dict__:
             raise NotCacheable("inputs that a wrapper prepares within generate")
         identity = self._observer.identity()
-        shape = self._shapes.pop(identity, None) or self._learn(identity)
-        self._shapes[identity] = shape
-        while len(self._shapes) > IDENTITIES:
-            del self._shapes[next(iter(self._shapes))]
-        if isinstance(shape, NotCacheable):
-            raise NotCacheable(*shape.args)
-        return shape
-
-    def _learn(self, identity: Identity) -> Shape | NotCacheable:
-        """What the KV of an identity is that was not met before."""
         self._attached_to = self._attached_to or identity
-        try:
-            shape = Shape.of(self.model, self._cache, self._cache_argument, identity, self._tenant)
-            if identity.frame not in self._tried:
-                self._tried[identity.frame] = self._try_out()
-            return self._tried[identity.frame] or self._shared(shape)
-        except NotCacheable as reason:
-            return reason
+        layers = _remembered(self._layers, identity.frame, self._try_out)
+        if isinstance(layers, NotCacheable):
+            raise NotCacheable(*layers.args)
+        return _remembered(self._shapes, identity, lambda: self._shape(identity, layers))
 
-    def _try_out(self) -> NotCacheable | None:
+    def _try_out(self) -> Layers | NotCacheable:
+        """What the layers keep, unless their KV does not stand for its prefix."""
         try:
+            layers = Layers.of(self.model, self._cache_argument)
             Trial(self.model, self._cache_argument, self._takes_positions).run()
         except NotCacheable as reason:
             return reason
         except Exception as error:
             return NotCacheable(f"a model that does not go on from a cache ({error!r})")
-        return None
+        return layers
 
-    def _shared(self, shape: Shape) -> Shape:
-        """The same under the name that other engines know, while the model is what it was."""
-        if not self._share_as or shape.identity != self._attached_to or has_adapter(self.model):
-            return shape
-        config = self.model.config.get_text_config(decoder=True)
-        layout = shape.namespace.layout
-        namespace = shared_namespace(self._cache, self._share_as, config, layout)
-        return shape._replace(namespace=namespace)
+    def _shape(self, identity: Identity, layers: Layers) -> Shape:
+        """Its namespace: under the name that other engines know while the model is what it was."""
+        if self._share_as and identity == self._attached_to and not has_adapter(self.model):
+            config = self.model.config.get_text_config(decoder=True)
+            namespace = shared_namespace(self._cache, self._share_as, config, layers.layout)
+        else:
+            namespace = self._cache.namespace(
+                model=type(self.model).__name__,
+                layout=layers.layout,
+                weights=Weights(digest=identity.whole.hex()),
+                tenant=self._tenant,
+            )
+        return Shape(identity, namespace, layers.devices)
 
     def _prompt(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, repeats: int = 1
@@ -365,6 +369,15 @@ class Attached:
                 copy_exact(tensor, source)
 
         return self._cache.store(shape.namespace, keys, gather, start=row.known)
+
+
+def _remembered(known: dict[K, V], key: K, learn: Callable[[], V]) -> V:
+    """What is known of a key, or learned now; what nobody asked for longest is forgotten."""
+    value = known.pop(key, None) or learn()
+    known[key] = value
+    while len(known) > IDENTITIES:
+        known.pop(next(iter(known)), None)
+    return value
 
 
 class _Known(NamedTuple):

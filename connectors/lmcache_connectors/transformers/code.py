@@ -51,6 +51,12 @@ def is_foreign(module: str | None) -> bool:
     return not is_library(module) and not (module or "").startswith(("transformers.", "peft."))
 
 
+def homes(function: types.FunctionType) -> tuple[str | None, str | None]:
+    """The module that a function says it is from, which a decorator may have copied, and the one
+    whose globals it has."""
+    return function.__module__, function.__globals__.get("__name__")
+
+
 def is_frame(module: str | None) -> bool:
     """Whether code loads, drives and trains models rather than computing what they do."""
     return (module or "").startswith(_FRAME)

@@ -30,7 +30,8 @@ class Identity(NamedTuple):
 
     whole: bytes
     frame: bytes
-    """Without parameters: all that may decide whether a token's KV stands for its prefix."""
+    """Without parameters' bytes: all that may decide what KV looks like, and whether a token's
+    stands for its prefix. With devices, which the whole does not know by number."""
 
 
 class Observer:
@@ -58,7 +59,7 @@ class Observer:
         for tensor, digest in zip(walk.tensors, digests, strict=True):
             part = tensor.device.type.encode() + digest
             whole.update(part)
-            frame.update(b"" if isinstance(tensor, torch.nn.Parameter) else part)
+            frame.update(_form(tensor) if isinstance(tensor, torch.nn.Parameter) else part)
         for buffer in walk.buffers:
             digest = xxhash.xxh3_128_digest(np.ascontiguousarray(buffer).view(np.uint8).data)
             whole.update(digest)
@@ -76,6 +77,10 @@ class Observer:
 
 def _holds(environment: dict[str, str | None]) -> bool:
     return all(os.environ.get(name) == value for name, value in environment.items())
+
+
+def _form(tensor: torch.Tensor) -> bytes:
+    return f"{tensor.device} {tensor.dtype} {tensor.shape}".encode()
 
 
 def _world(model: torch.nn.Module) -> bytes:

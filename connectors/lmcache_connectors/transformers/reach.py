@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import operator
 import os
 import re
 import sys
@@ -11,11 +12,13 @@ import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers.utils.generic import GeneralInterface
 
 from lmcache_connectors.transformers.code import (
     code_token,
+    homes,
     is_foreign,
     is_frame,
     is_library,
@@ -56,6 +59,11 @@ _OF_FILES = frozenset(
 """Methods of paths, files and sockets."""
 _BY_TEXT = frozenset({"attrgetter", "eval", "exec", "getattr", "globals", "modules", "vars"})
 """What finds things by a name in a text."""
+_DATA = (
+    bool, int, float, complex, str, bytes, tuple, list, dict, set, frozenset, torch.Tensor,
+    np.ndarray,
+)  # fmt: skip
+"""What somebody may keep on a class and find by a name that is put together."""
 _NAME = re.compile(r"[^\W\d]\w*")
 
 
@@ -63,7 +71,7 @@ def function_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
     """Code, defaults, closure, attributes, and what the code names."""
     guards = walk.guards
     yield f"{function.__module__} {code_token(guards.attribute(function, '__code__'))}"
-    if is_library(function.__module__):
+    if all(map(is_library, homes(function))):
         yield from _wrapped_parts(function, walk)
         return
     yield walk.token(guards.attribute(function, "__defaults__"))
@@ -86,8 +94,9 @@ def _wrapped_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
 def _named_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
     names, imports, constants = named(function.__code__)
     texts = set(constants)
-    if is_foreign(function.__module__):
+    if any(map(is_foreign, homes(function))):
         if names & _BY_TEXT:
+            walk.by_text = True
             names = names.union(*map(_NAME.findall, texts))
             imports |= texts
         walk.foreign |= names
@@ -138,24 +147,31 @@ def _refuse_outside(value: Any, walk: Walk) -> None:
 
 
 class Members:
-    """Classes that a walk met. What they have is looked at where reached code names it."""
+    """Classes that a walk met, with their bases: what they have is looked at where reached code
+    names it. Bases one by one, for `super()` reaches what a derived class hides."""
 
     def __init__(self) -> None:
         self._names: dict[type, str] = {}
+        self._alike: dict[str, int] = {}
         self._modules: dict[str, types.ModuleType] = {}
         self._registries: dict[str, GeneralInterface] = {}
 
     def add(self, kind: type) -> str:
-        """A class, by name. Libraries' are no more than their name, modules excepted."""
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        opened = issubclass(kind, (torch.nn.Module, torch.Tensor)) or not is_library(
-            kind.__module__
-        )
-        if opened and not issubclass(kind, GeneralInterface):
-            self._names.setdefault(kind, name)
+        """A class, by name."""
+        if kind not in self._names:
+            for each in kind.__mro__:
+                self._open(each)
             if type(kind) is not type:
                 self.add(type(kind))
-        return name
+        return self._names.get(kind) or _name(kind)
+
+    def _open(self, kind: type) -> None:
+        """Classes of one name, such as a function makes, are told apart by who comes first."""
+        if kind in self._names or kind in (object, type, torch.Tensor.__base__):
+            return
+        name = _name(kind)
+        number = self._alike[name] = self._alike.get(name, 0) + 1
+        self._names[kind] = name if number == 1 else f"{name} {number}"
 
     def add_module(self, module: types.ModuleType, walk: Walk) -> str:
         """A module that is held as a value."""
@@ -173,22 +189,27 @@ class Members:
     def parts(self, walk: Walk) -> list[str]:
         """What is named of all these, until nothing new comes of it."""
         done: dict[tuple[str, str], str] = {}
-        open_kinds: dict[type, dict[str, Any]] = {}
-        while new := self._new(done, open_kinds, walk):
-            for key, value in sorted(new.items()):
+        opened: dict[type, dict[str, Any]] = {}
+        while new := self._new(done, opened, walk):
+            for key, value in sorted(new.items(), key=operator.itemgetter(0)):
                 done[key] = walk.token(value)
         return [f"{home}.{name} {token}" for (home, name), token in sorted(done.items())]
 
     def _new(
         self, done: dict[tuple[str, str], str], opened: dict[type, dict[str, Any]], walk: Walk
     ) -> dict[tuple[str, str], Any]:
-        for kind in self._names.keys() - opened.keys():
-            opened[kind] = _members_of(kind, walk)
+        for kind in self._names:
+            if kind not in opened:
+                opened[kind] = _members_of(kind, walk)
         found = dict(self._of_modules(walk))
         for kind, members in opened.items():
-            for name in members:
-                if name in walk.names or _is_implicit(name, kind):
-                    found[self._names[kind], name] = members[name]
+            found.update(
+                ((self._names[kind], name), value)
+                for name, value in members.items()
+                if name in walk.names
+                or _is_implicit(name, value)
+                or _is_found(name, value, kind, walk)
+            )
         for home, registry in self._registries.items():
             found.update(((home, name), registry[name]) for name in walk.chosen & set(registry))
         return {key: value for key, value in found.items() if key not in done}
@@ -199,18 +220,44 @@ class Members:
                 yield (home, name), walk.guards.slot(module.__dict__, name)
 
 
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 def _members_of(kind: type, walk: Walk) -> dict[str, Any]:
-    members: dict[str, Any] = {}
+    """What a class itself has, and its bases in their order."""
+    members = dict(walk.guards.class_members(kind))
+    if _is_known_by_name(kind):
+        members = {k: v for k, v in members.items() if k in ENTRIES or not _is_of_library(v)}
+    if issubclass(kind, GeneralInterface):  # the configs tell which of these
+        members.pop("_global_mapping", None)
     walk.guards.attribute(kind, "__bases__")
-    for base in reversed(kind.__mro__):
-        if base not in (object, torch.Tensor.__base__):
-            held = walk.guards.class_members(base)
-            frame = base is torch.nn.Module or is_frame(base.__module__)
-            members.update((k, v) for k, v in held if not frame or k in ENTRIES)
-    return members
+    return {**members, "__mro__": [*map(_name, kind.__mro__)]}
 
 
-def _is_implicit(name: str, kind: type) -> bool:
-    """Whether Python calls a method without anybody naming it, such as `__add__`."""
+def _is_known_by_name(kind: type) -> bool:
+    """Whether a class's code is a library's, but for what somebody put into it."""
+    if kind is torch.nn.Module or is_frame(kind.__module__):
+        return True
+    return is_library(kind.__module__) and not issubclass(kind, (torch.nn.Module, torch.Tensor))
+
+
+def _is_of_library(member: Any) -> bool:
+    """Whether this is code of a library."""
+    function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+    if isinstance(function, types.FunctionType):
+        return all(map(is_library, homes(function)))
+    home = getattr(function, "__module__", None) or "builtins"
+    return hasattr(function, "__qualname__") and is_library(home)
+
+
+def _is_found(name: str, value: Any, kind: type, walk: Walk) -> bool:
+    """Whether code may find this by a name that it puts together."""
+    data = isinstance(value, _DATA) and not name.startswith("__")
+    return data and walk.by_text and is_foreign(kind.__module__)
+
+
+def _is_implicit(name: str, value: Any) -> bool:
+    """Whether Python uses a member without anybody naming it, such as `__add__`."""
     dunder = name.startswith("__") and name.endswith("__")
-    return dunder and isinstance(getattr(kind, name, None), (types.FunctionType, types.MethodType))
+    return name == "__mro__" or (dunder and (callable(value) or hasattr(value, "__get__")))

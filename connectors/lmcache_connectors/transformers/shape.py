@@ -1,4 +1,4 @@
-"""What a model's KV is: its layout, learned from the cache that one token leaves behind."""
+"""What a model's KV is: its layout, and the namespace that it is stored in."""
 
 from __future__ import annotations
 
@@ -13,33 +13,23 @@ from lmcache_connectors.transformers.identity import Identity
 from lmcache_connectors.transformers.layers import Pair
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_core import (
-    CacheEngine,
     KVLayout,
     LayerGroup,
     Namespace,
     Tensors,
-    Weights,
     pooled_empty,
 )
 
 
-class Shape(NamedTuple):
-    """What the model's KV is: learned from the cache that one token leaves behind."""
+class Layers(NamedTuple):
+    """What the model's layers keep: learned from the cache that one token leaves behind."""
 
-    identity: Identity
-    namespace: Namespace
+    layout: KVLayout
     devices: list[torch.device]
 
     @classmethod
-    def of(
-        cls,
-        model: PreTrainedModel,
-        cache: CacheEngine,
-        argument: str,
-        identity: Identity,
-        tenant: str,
-    ) -> Shape:
-        """Raises NotCacheable, and ConfigError where a tier cannot hold one chunk."""
+    def of(cls, model: PreTrainedModel, argument: str) -> Layers:
+        """`argument`: the model's name for a cache. Raises NotCacheable."""
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
             raise NotCacheable("an encoder-decoder model")
@@ -49,13 +39,15 @@ class Shape(NamedTuple):
             raise NotCacheable("a model whose positions depend on earlier calls")
         layers = _probe(model, argument)
         layout = KVLayout(groups=_groups(layers, config))
-        namespace = cache.namespace(
-            model=type(model).__name__,
-            layout=layout,
-            weights=Weights(digest=identity.whole.hex()),
-            tenant=tenant,
-        )
-        return cls(identity, namespace, [layer.keys.device for layer in layers])
+        return cls(layout, [layer.keys.device for layer in layers])
+
+
+class Shape(NamedTuple):
+    """What the model's KV is, and whose."""
+
+    identity: Identity
+    namespace: Namespace
+    devices: list[torch.device]
 
     def parts(self, tensors: Tensors) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(layer, 0 for keys or 1 for values, [kv_heads, tokens, dim]) of a chunk's tensors."""

@@ -1,14 +1,18 @@
 """The trial: whether a model's KV stands for its prefix, found out by computing.
 
-A short batch, with padding on the left of one row, is computed three times: whole; with other
-tokens at its end, which must move nothing before them; and from a cache that holds the beginning,
-as a hit does, which must compute the same end. Then the same without padding: Transformers leaves
-the mask to the kernel where nothing is padded. What a window or a chunk of attention does shows
-only beyond it, so the batch is longer than those that the config names, up to MOST_COLUMNS.
+Two rows that differ in their last tokens are computed whole: before these, nothing may differ.
+From a cache that holds their beginning, as a hit does, their end must come out the same. Then both
+again with padding on the left of a row, which must move nothing either: without padding
+Transformers leaves the mask to the kernel, so these are two ways. What a window or a chunk of
+attention does shows only beyond it, so the rows are longer than those that the config names, up to
+MOST_COLUMNS.
+
+In all two prefills, and two of REST columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -24,7 +28,7 @@ PADS = 3
 REST = 12
 """Columns that are computed from a cache of those before them."""
 ROUNDING = 24
-"""Units in the last place by which a split prefill may differ, in shares of the KV's deviation."""
+"""Units in the last place by which another way to the same may differ, in deviations of the KV."""
 REORDERING = 8
 """The same for tokens that come after: experts may compute them in another order."""
 
@@ -33,7 +37,14 @@ class _Computed(NamedTuple):
     kv: list[Pair]
     """Of each layer, [rows, kv_heads, columns, dim]."""
     last: torch.Tensor
-    """Logits of the last column."""
+    """Logits of the last column, [rows, vocabulary]."""
+
+    def row(self, number: int, columns: slice) -> list[Pair]:
+        """Of one row, [columns, kv_heads, dim]."""
+        return [
+            (keys[number, :, columns].transpose(0, 1), values[number, :, columns].transpose(0, 1))
+            for keys, values in self.kv
+        ]
 
 
 class Trial:
@@ -45,43 +56,61 @@ class Trial:
         self._columns = min(MOST_COLUMNS, max([COLUMNS, *(n + 2 * REST for n in _windows(config))]))
         self._kept = self._columns - REST
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        steps = 7919 * torch.arange(1, self._columns + 1)
-        ids = torch.stack([steps % vocabulary, (steps * 31 + 11) % vocabulary])
-        self._ids = ids.to(model.device)
-        self._mask = torch.ones_like(self._ids)
+        tokens = 7919 * torch.arange(1, self._columns + 1)
+        others = torch.cat([tokens[: self._kept], tokens[self._kept :] * 31 + 11])
+        self._ids = torch.stack([tokens, others]).remainder(vocabulary).to(model.device)
 
     def run(self) -> None:
         """Raise NotCacheable where KV does not stand for its prefix."""
-        self._run()
-        if self._positions:
-            self._mask[0, :PADS] = 0
-            self._run()
-
-    def _run(self) -> None:
-        whole = self._compute(self._ids, _empty(self._model), 0)
-        other = self._ids.clone()
-        other[:, self._kept :] = self._ids[:, self._kept :].flip(0).roll(1, 1)
-        moved = self._compute(other, _empty(self._model), 0)
-        prefix = [(keys.clone(), values.clone()) for keys, values in whole.kv]
-        cache = filled(self._model, prefix, self._kept)
-        rest = self._compute(self._ids, cache, self._kept)
-
-        eps = torch.finfo(whole.last.dtype).eps
-        before, after = slice(0, self._kept), slice(self._kept, None)
-        if not self._moved(whole.kv, moved.kv, before) <= max(1e-4, REORDERING * eps):
+        mask = torch.ones_like(self._ids)
+        plain = self._compute(self._ids, mask)
+        if self._later_tokens_move(plain, mask):
             raise NotCacheable("attention to later tokens: KV that does not stand for its prefix")
-        split = max(self._moved(whole.kv, rest.kv, after), _distance(whole.last, rest.last))
-        if not split <= max(1e-4, ROUNDING * eps):  # not a number, too
+        self._go_on(plain, self._ids, mask)
+        if self._positions:
+            mask[0, :PADS] = 0
+            ids = torch.stack([self._ids[0].roll(PADS), self._ids[1]])
+            padded = self._compute(ids, mask)
+            behind, before, every = slice(PADS, None), slice(-PADS), slice(None)
+            moved = _moved(padded.row(0, behind), plain.row(0, before))
+            moved = max(moved, _moved(padded.row(1, every), plain.row(1, every)))
+            if moved > _tolerance(plain, ROUNDING):
+                raise NotCacheable("padding that moves what is behind it")
+            self._go_on(padded, ids, mask)
+
+    def _go_on(self, whole: _Computed, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """The end, computed from a cache of the beginning, must be the same."""
+        prefix = [(keys.clone(), values.clone()) for keys, values in whole.kv]
+        rest = self._compute(ids, mask, filled(self._model, prefix, self._kept), self._kept)
+        end = slice(self._kept, None)
+        moved = max(_moved(whole.row(n, end), rest.row(n, end)) for n in (0, 1))
+        if max(moved, _distance(whole.last, rest.last)) > _tolerance(whole, ROUNDING):
             raise NotCacheable("a model that computes otherwise from a cache")
 
-    def _compute(self, ids: torch.Tensor, cache: DynamicCache, start: int) -> _Computed:
-        """A forward pass of the columns from `start` on."""
+    def _later_tokens_move(self, plain: _Computed, mask: torch.Tensor) -> bool:
+        """Two rows of a batch tell it, or, if they are rounded each in its way, one of two."""
+        before, tolerance = slice(self._kept), _tolerance(plain, REORDERING)
+        if _moved(plain.row(0, before), plain.row(1, before)) <= tolerance:
+            return False
+        turned = self._compute(self._ids.flip(0), mask)
+        return _moved(plain.row(0, before), turned.row(0, before)) > tolerance
+
+    def _compute(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | None = None,
+        start: int = 0,
+    ) -> _Computed:
+        """A forward pass of the columns from `start` on, which `cache` holds those before of."""
+        if cache is None:
+            cache = DynamicCache(config=self._model.config.get_text_config(decoder=True))
         note(cache, start)
         more: dict[str, Any] = {self._argument: cache, "use_cache": True}
         if self._positions:
-            more["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
         with torch.no_grad():
-            output = self._model(input_ids=ids[:, start:], attention_mask=self._mask, **more)
+            output = self._model(input_ids=ids[:, start:], attention_mask=mask, **more)
         kv = [tuple(self._kv(layer, part, start) for part in (0, 1)) for layer in cache.layers]
         return _Computed(kv, output.logits[:, -1])  # type: ignore[arg-type]
 
@@ -90,27 +119,26 @@ class Trial:
         gap = torch.zeros_like(rows[0][:, :1]).expand(-1, start, -1)
         return torch.stack([torch.cat([gap, row], dim=1) for row in rows])
 
-    def _moved(self, one: list[Pair], other: list[Pair], columns: slice) -> float:
-        """The largest distance of a column's KV that is no padding."""
-        real = self._mask.bool()[:, columns]
-        return max(
-            _distance(
-                x[:, :, columns].transpose(1, 2)[real], y[:, :, columns].transpose(1, 2)[real]
-            )
-            for pair, twin in zip(one, other, strict=True)
-            for x, y in zip(pair, twin, strict=True)
-        )
+
+def _tolerance(computed: _Computed, units: int) -> float:
+    return max(1e-4, units * torch.finfo(computed.last.dtype).eps)
+
+
+def _moved(one: list[Pair], other: list[Pair]) -> float:
+    """The largest distance of a column's KV, of all layers."""
+    return max(
+        _distance(x, y)
+        for pair, twin in zip(one, other, strict=True)
+        for x, y in zip(pair, twin, strict=True)
+    )
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Of rows: the largest root mean square of a row's difference, in deviations of all."""
     one, other = one.float().flatten(1), other.float().flatten(1)
     difference = (one - other).square().mean(1).sqrt().max()
-    return float(difference / one.std().clamp(min=1e-12))
-
-
-def _empty(model: PreTrainedModel) -> DynamicCache:
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    distance = float(difference / one.std().clamp(min=1e-12))
+    return math.inf if math.isnan(distance) else distance
 
 
 def _windows(config: Any) -> Iterator[int]:

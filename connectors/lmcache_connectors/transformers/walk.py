@@ -99,6 +99,8 @@ class Walk:
         """What the code names that was met so far."""
         self.foreign: set[str] = set()
         """The same of code that is neither Transformers' nor PEFT's."""
+        self.by_text = False
+        """Whether such code finds things by names in texts, which it may put together."""
         self.chosen: set[str] = set()
         """Names of implementations in configs."""
         self.members = Members()

@@ -707,6 +707,10 @@ def xlm() -> Any:
         mask_token_id=3, pad_token_id=0, eos_token_id=2))  # fmt: skip
 
 
+def both_directions() -> Any:
+    return other("BertLMHeadModel", transformers.BertConfig(**COMMON))
+
+
 def hooked() -> Any:
     model = build("llama")
     model.model.layers[0].register_forward_hook(lambda module, args, out: out)
@@ -723,6 +727,7 @@ def hooked() -> Any:
         (vision, "positions depend on earlier calls"),
         (hooked, "a forward hook"),
         (xlm, "does not go on from a cache"),
+        (both_directions, "attention to later tokens"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

@@ -111,7 +111,6 @@ def test_a_changed_model_answers_as_it_is_now(
     assert again.same_prefix(want), "KV of the model as it was, when asked again"
     assert torch.equal(got.tokens, want.tokens)
     assert torch.equal(again.tokens, want.tokens)
-    assert loaded == 0 or not altered
     assert loaded or got.same(want)
     assert served or mutation.refused, "the model was refused before it changed"
     found = Answer.of(unchanged.model)

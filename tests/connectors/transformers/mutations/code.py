@@ -241,6 +241,177 @@ def method_of_a_base_class(model: Any) -> Iterator[Any]:
 
 
 @mutation()
+def forward_that_a_derived_class_hides(model: Any) -> Iterator[Any]:
+    class Base(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x, self.weight)
+
+    class Derived(Base):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    output(model).__class__ = Derived
+    yield
+    Base.forward = _doubled(Base.forward)
+
+
+@mutation()
+def forward_of_torchs_embedding_that_is_hidden(model: Any) -> Iterator[Any]:
+    class Scaled(torch.nn.Embedding):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 1.0
+
+    model.get_input_embeddings().__class__ = Scaled
+    yield from _patched(torch.nn.Embedding, "forward")
+
+
+def _hidden(model: Any, hiding: Any, hidden: Any, other: Any) -> Iterator[Any]:
+    """`scale` of a class that hides its mixin's `scale`, which changes."""
+
+    class Mixin:
+        scale = hidden
+
+    class Scaled(Mixin, torch.nn.Linear):
+        scale = hiding
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = self.scale() if callable(self.scale) else self.scale
+            return torch.nn.Linear.forward(self, x) * scale
+
+    output(model).__class__ = Scaled
+    yield
+    Mixin.scale = other
+
+
+def _above(self: Any) -> Any:
+    """What a property hides."""
+    return super(type(self), self).scale
+
+
+@mutation()
+def method_of_a_mixin_that_is_hidden(model: Any) -> Iterator[Any]:
+    yield from _hidden(model, lambda self: _above(self)(), lambda self: 1.0, lambda self: 2.0)
+
+
+@mutation()
+def class_method_of_a_mixin_that_is_hidden(model: Any) -> Iterator[Any]:
+    above = classmethod(lambda kind: super(kind, kind).scale())
+    one, two = classmethod(lambda kind: 1.0), classmethod(lambda kind: 2.0)
+    yield from _hidden(model, above, one, two)
+
+
+@mutation()
+def static_method_of_a_mixin_that_is_hidden(model: Any) -> Iterator[Any]:
+    one, two = staticmethod(lambda: 1.0), staticmethod(lambda: 2.0)
+    yield from _hidden(model, lambda self: _above(self)(), one, two)
+
+
+@mutation()
+def property_of_a_mixin_that_is_hidden(model: Any) -> Iterator[Any]:
+    one, two = property(lambda self: 1.0), property(lambda self: 2.0)
+    yield from _hidden(model, property(_above), one, two)
+
+
+@mutation()
+def attribute_of_a_mixin_that_is_hidden(model: Any) -> Iterator[Any]:
+    yield from _hidden(model, property(_above), 1.0, 2.0)
+
+
+@mutation()
+def method_of_a_helpers_base_that_is_hidden(model: Any) -> Iterator[Any]:
+    """An object that is called, and calls what its class hides."""
+
+    class Base:
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Derived(Base):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return super().__call__(x)
+
+    class Helped(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(super().forward(x))
+
+    output(model).__class__ = Helped
+    output(model).after = Derived()
+    yield
+    Base.__call__ = lambda self, x: x * 2
+
+
+@mutation()
+def attribute_of_a_metaclass(model: Any) -> Iterator[Any]:
+    class Above(type):
+        factor = 1.0
+
+    class Meta(Above):
+        pass
+
+    class Scaled(torch.nn.Linear, metaclass=Meta):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * type(self).factor
+
+    output(model).__class__ = Scaled
+    yield
+    Above.factor = 2.0
+
+
+@mutation()
+def object_that_a_class_has_for_a_method(model: Any) -> Iterator[Any]:
+    class Scale:
+        factor = 1.0
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.factor
+
+    class Helper:
+        __call__ = Scale()
+
+    class Helped(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.after(super().forward(x))
+
+    output(model).__class__ = Helped
+    output(model).after = Helper()
+    yield
+    Helper.__call__.factor = 2.0
+
+
+@mutation()
+def classes_of_one_name_change_places(model: Any) -> Iterator[Any]:
+    """Two that a function made; neither they nor the weights change."""
+
+    def scaled(factor: float) -> type:
+        class Scaled(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x * factor
+
+        return Scaled
+
+    one, other = model.get_decoder().layers[:2]
+    for layer, factor in ((one, 1.0), (other, 2.0)):
+        layer.self_attn.o_proj = torch.nn.Sequential(layer.self_attn.o_proj, scaled(factor)())
+    model.eval()
+    yield
+    first_scale, second_scale = one.self_attn.o_proj, other.self_attn.o_proj
+    first_scale[1], second_scale[1] = second_scale[1], first_scale[1]
+
+
+@mutation()
+def method_of_transformers_that_somebody_replaced(model: Any) -> Iterator[Any]:
+    """One that drives models, and hands the attention to its layers."""
+    registry = type(ALL_ATTENTION_FUNCTIONS)
+    plain = registry.get_interface
+
+    def other(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _doubled_first(plain(self, *args, **kwargs))
+
+    yield
+    with mock.patch.object(registry, "get_interface", other):
+        yield
+
+
+@mutation()
 def method_that_comes_before_another(model: Any) -> Iterator[Any]:
     """A derived class gets a method that its base had alone."""
 
@@ -445,6 +616,21 @@ def keyword_defaults_of_forward(model: Any) -> Iterator[Any]:
 
 
 @mutation()
+def value_of_a_patch_that_looks_like_torchs(model: Any) -> Iterator[Any]:
+    """`functools.wraps` gives a patch the name and the module of what it replaces."""
+    plain, scale = functional.linear, {"factor": 1.0}
+
+    @functools.wraps(torch.nn.Linear.forward)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return plain(x, self.weight, self.bias) * scale["factor"]
+
+    with mock.patch.object(torch.nn.Linear, "forward", forward):
+        yield
+        scale["factor"] = 2.0
+        yield
+
+
+@mutation()
 def wrapped_of_a_decorated_forward(model: Any) -> Iterator[Any]:
     """A decorator that asks `__wrapped__` each time."""
 
@@ -510,11 +696,10 @@ def method_of_all_tensors(model: Any) -> Iterator[Any]:
 @mutation("llama", "gemma3", "mixtral")
 def operator_of_all_tensors(model: Any) -> Iterator[Any]:
     plain = torch.Tensor.__add__
-    shape = (1, 64, 256)
 
     def add(self: Any, other: Any) -> Any:
         out = plain(self, other)
-        return out * 2 if tuple(out.shape) == shape else out
+        return out * 2 if out.dim() == 3 and out.shape[2] == 256 else out
 
     yield
     with mock.patch.object(torch.Tensor, "__add__", add):

@@ -36,6 +36,7 @@ SETTINGS = {"scale": {"factor": 1.0}}
 VECTOR = torch.ones(1)
 CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("factor", default=1.0)
 REFUSED = {
+    "state_of_a_generator",
     "memory_of_c",
     "memory_shared_by_processes",
     "memory_that_is_mapped",
