@@ -13,6 +13,7 @@ from lmcache_core.io.clock import Backoff
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import host_register
 from lmcache_core.io.medium import file_system_bytes, memory_bytes
+from lmcache_core.io.owners import Owners
 from lmcache_core.io.threads import start_thread
 from lmcache_core.io.transfer import Transfer
 from lmcache_core.kv.keys import ChunkKey
@@ -41,6 +42,7 @@ __all__ = [
     "Index",
     "LocalPath",
     "Options",
+    "Owners",
     "Refused",
     "Size",
     "State",
@@ -141,9 +143,9 @@ class StorageBackend(ABC):
 
         Fewer than all means full: the rest is dropped, so that no hole appears. A frame that is
         there already counts as stored and is not written again. `prefix` is the sequence that they
-        are part of, root first, up to the last of them at least: making room must not evict it, and
-        what is evicted is added to `transfer.evicted`. Where a store is in memory it is the whole
-        sequence, of which more may follow. The tier touches the sequence when all of it is stored.
+        are part of, root first, as far as it is to be stored, of which more may follow: making room
+        must not evict it, evicts nothing for a sequence that is larger than the store, and adds
+        what it evicts to `transfer.evicted`. The tier touches the sequence when it is stored whole.
         A frame becomes visible whole or not at all, whatever dies when. The buffers never change
         afterwards, so memory may keep them instead of copying.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +31,12 @@ def processes() -> ForkServerContext:
 def _no_leaks() -> Iterator[None]:
     with no_leaks():
         yield
+
+
+@pytest.fixture
+def open_tmp_path(tmp_path: Path) -> Path:
+    """A directory that every user can get to."""
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_uid == os.getuid() and directory != Path("/"):
+            directory.chmod(directory.stat().st_mode | 0o711)
+    return tmp_path

@@ -427,8 +427,7 @@ class Tier:
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         transfer.promise(sum(nbytes_of(parts) for _, parts in frames))
         with transfer.waiting():
-            prefix = keys[: chunks[-1].index + 1]
-            stored = self._workers.call(lambda: self._replace(frames, prefix, transfer), transfer)
+            stored = self._workers.call(lambda: self._replace(frames, keys, transfer), transfer)
         self._evicted(transfer)
         if stored >= len(frames):
             return len(chunks)

@@ -67,8 +67,10 @@ class Transfer:
         """Keys of what the store removed to make room; the backend adds them."""
         self.answer = ""
         """What the store said last, if that is why it is late, such as that it is busy."""
+        self.limit = limit
+        """Bytes of the largest frame. What claims to be larger is none: hand on an empty one, which
+        the tier finds to be damaged, and removes."""
         self._line = Line() if line is None else line
-        self._limit = limit
         self._promised = 0
         self._tells = False
         """Whether the backend says what moves. Where it does not, what is promised may come in
@@ -91,8 +93,8 @@ class Transfer:
 
         Raises StorageError for more than any frame has.
         """
-        if nbytes > self._limit:
-            raise StorageError(f"a frame of {nbytes} bytes; none has more than {self._limit}")
+        if nbytes > self.limit:
+            raise StorageError(f"a frame of {nbytes} bytes; none has more than {self.limit}")
         self.promise(nbytes)
         return HOST.allocate(nbytes)
 

@@ -383,6 +383,25 @@ class BackendConformance:
         backend.close()
 
     @_needs("bounded")
+    def test_a_sequence_larger_than_the_store_gets_what_is_free_and_displaces_nothing(
+        self, open_small: Open
+    ) -> None:
+        backend = open_small()
+        old = {_key(n): _value(n, SMALL // 10) for n in range(100, 105)}
+        _put(backend, old)
+        keys, transfer = [_key(n) for n in range(20)], clock()
+        for n in range(0, 20, 4):  # a few at a time, of a sequence that is known as a whole
+            frames: list[tuple[ChunkKey, Buffers]] = [
+                (key, [memoryview(_value(1, SMALL // 10))]) for key in keys[n : n + 4]
+            ]
+            if backend.put(frames, keys, transfer) < 4:
+                break
+        assert transfer.evicted == []
+        assert all(backend.contains(list(old), clock()))
+        assert backend.contains(keys[:2], clock()) == [True, True]
+        backend.close()
+
+    @_needs("bounded")
     def test_the_least_recently_used_sequence_leaves_first_and_leaves_before_roots(
         self, open_small: Open
     ) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import grp
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,12 +23,13 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_backends import disk
 from lmcache_backends.disk import DiskBackend, DiskOptions
+from lmcache_backends.disk.place import File, Place
 from lmcache_core import ChunkKey, ConfigError, StorageBackend, StorageError
 from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
 from tests.backends.frames import Into, key, scan
+from tests.system import as_user, masked_by, mounted, needs_root
 
 GIB = 1 << 30
 
@@ -98,6 +102,10 @@ def usage(path: Path) -> int:
 
 def left_over(path: Path) -> list[Path]:
     return list((path / "tmp").iterdir())
+
+
+def raw_keys(path: Path) -> set[ChunkKey]:
+    return RawFiles(path).keys()
 
 
 # Crashes
@@ -178,7 +186,7 @@ def test_a_full_medium_refuses_and_leaks_nothing(
             raise OSError(code, os.strerror(code))
         return real(fd, [parts[0][:400]])
 
-    monkeypatch.setattr(disk.os, "writev", full_after_some)
+    monkeypatch.setattr(os, "writev", full_after_some)
     assert put(backend, 2, 3) == 0
     assert raw.keys() == {key(1)}
     assert left_over(tmp_path) == []
@@ -193,7 +201,7 @@ def test_a_write_error_is_an_error_and_leaks_nothing(
     def broken(fd: int, parts: list[memoryview]) -> int:
         raise OSError(errno.EIO, "I/O error")
 
-    monkeypatch.setattr(disk.os, "writev", broken)
+    monkeypatch.setattr(os, "writev", broken)
     with pytest.raises(OSError, match="I/O error"):
         put(backend, 1)
     assert left_over(tmp_path) == []
@@ -204,65 +212,460 @@ def test_short_writes_go_on_where_they_ended(
     backend: DiskBackend, raw: RawFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.writev
-    monkeypatch.setattr(disk.os, "writev", lambda fd, parts: real(fd, [parts[0][:7]]))
+    monkeypatch.setattr(os, "writev", lambda fd, parts: real(fd, [parts[0][:7]]))
     value = random.Random(1).randbytes(1000)
     parts = [memoryview(value)[:13], memoryview(value)[13:]]
     assert backend.put([(key(1), parts)], [key(1)], Transfer(5.0)) == 1
     assert raw.read(key(1)) == value
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="mounting needs root")
-def test_a_really_full_file_system(tmp_path: Path) -> None:
-    mount = tmp_path / "small"
-    mount.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount here: {mounted.stderr.decode().strip()}")
-    try:
+# A medium that is full before the capacity is
+
+
+@needs_root
+def test_a_full_file_system_makes_room_among_its_own(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=1m") as mount:
         backend = opener(mount)()
-        stored = sum(put(backend, n, nbytes=100_000) for n in range(20))
-        assert 5 <= stored <= 10
-        assert len(scan(backend)) == stored
+        evicted: set[bytes] = set()
+        for n in range(30):
+            transfer = Transfer(20.0)
+            assert backend.put([(key(n), [memoryview(bytes(100_000))])], [key(n)], transfer) == 1
+            evicted |= set(transfer.evicted)
+        there = {stored.key for stored in scan(backend)}
+        assert len(there) >= 5
+        assert there | evicted == {key(n) for n in range(30)}
+        assert not there & evicted
+        assert key(29) in there  # the last that came, and what was used long ago is gone
+        assert key(0) not in there
         assert left_over(mount) == []
-        assert usage(mount) == 100_000 * stored
+        assert usage(mount) == 100_000 * len(there)
         backend.close()
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
-def test_a_directory_that_is_removed_fails_and_works_again_when_it_is_back(
+@needs_root
+def test_a_file_system_without_more_files_makes_room_among_its_own(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "nr_inodes=40") as mount:
+        backend = opener(mount)()
+        for n in range(200):  # each in a directory of its own, which takes one, too
+            assert put(backend, n, nbytes=100) == 1
+        assert len(scan(backend)) >= 15
+        assert left_over(mount) == []
+        backend.close()
+
+
+@needs_root
+def test_what_others_fill_leaves_room_when_they_go(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=1m") as mount:
+        backend = opener(mount / "kv")()
+        (mount / "others").write_bytes(bytes((1 << 20) - 150_000))
+        assert put(backend, 1, nbytes=100_000) == 1
+        assert put(backend, 2, nbytes=100_000) == 1
+        assert raw_keys(mount / "kv") == {key(2)}
+        assert put(backend, 3, nbytes=500_000) == 0  # nothing of ours could make room for it
+        assert raw_keys(mount / "kv") == {key(2)}
+        (mount / "others").unlink()
+        assert put(backend, 3, nbytes=500_000) == 1
+        assert raw_keys(mount / "kv") == {key(2), key(3)}
+        backend.close()
+
+
+@needs_root
+def test_a_medium_that_is_full_at_the_start_is_no_mistake_of_the_configuration(
     tmp_path: Path,
 ) -> None:
-    root = tmp_path / "cache"
-    with no_leaks():
-        backend = opener(root)()
+    full = pytest.raises(StorageError, match="cannot be used: No space left on device")
+    with mounted(tmp_path / "small", "nr_inodes=3") as mount, full:
+        opener(mount / "kv")()
+
+
+# What is removed under a living engine
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("what", ["everything in it", "tmp", "chunks", "usage", "itself"])
+def test_what_is_removed_is_made_anew(tmp_path: Path, what: str) -> None:
+    root = tmp_path / "above" / "cache"
+    backend = opener(root)()
+    put(backend, 1)
+    within = {"everything in it": list(root.iterdir()), "itself": [root]}
+    for path in within.get(what, [root / what]):
+        remove(path)
+    kept = what in ("tmp", "usage")
+    assert put(backend, 2) == 1
+    assert backend.contains([key(1), key(2), key(3)], Transfer(1.0)) == [kept, True, False]
+    assert usage(root) == 1000 * (2 if what == "tmp" else 1)
+    assert root.stat().st_mode & 0o777 == 0o700
+    backend.close()
+
+
+def test_a_lookup_that_finds_all_gone_is_a_miss_and_makes_it_anew(tmp_path: Path) -> None:
+    backend = opener(tmp_path / "cache")()
+    put(backend, 1)
+    shutil.rmtree(tmp_path / "cache")
+    assert backend.contains([key(1)], Transfer(1.0)) == [False]
+    assert list(backend.get([key(1)], Transfer(1.0))) == []
+    backend.ping(Transfer(1.0))
+    assert usage(tmp_path / "cache") == 0
+    backend.close()
+
+
+def test_two_processes_meet_again_after_all_was_removed(tmp_path: Path) -> None:
+    one, two = opener(tmp_path / "cache")(), opener(tmp_path / "cache")()
+    shutil.rmtree(tmp_path / "cache")
+    assert put(one, 1) == 1
+    assert two.contains([key(1)], Transfer(1.0)) == [False]  # and it looked where the other is
+    assert two.contains([key(1)], Transfer(1.0)) == [True]
+    one.close()
+    two.close()
+
+
+@needs_root
+def test_nothing_is_written_where_a_disk_is_not_mounted(tmp_path: Path) -> None:
+    with mounted(tmp_path / "elsewhere", "size=1m") as elsewhere:
+        place = tmp_path / "disk"
+        place.mkdir(mode=0o700)
+        subprocess.run(["mount", "--bind", str(elsewhere), str(place)], check=True)
+        backend = opener(place)()
         put(backend, 1)
-        shutil.rmtree(root)
-        with pytest.raises(StorageError, match="is gone"):
-            backend.contains([key(1)], Transfer(1.0))
-        with pytest.raises(StorageError):
-            backend.ping(Transfer(1.0))
-        with pytest.raises(OSError, match="No such file"):
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        remove(elsewhere / "chunks")
+        with pytest.raises(StorageError, match="is gone, with the file system that it was on"):
             put(backend, 2)
-        assert list(backend.get([key(1)], Into(1.0, lambda n: memoryview(bytearray(n))))) == []
-        assert not root.exists()  # it may be a mount point: nothing is written beside it
-        opener(root)().close()
+        with pytest.raises(StorageError, match="is gone"):
+            backend.ping(Transfer(1.0))
+        assert list(place.iterdir()) == []
+        subprocess.run(["mount", "--bind", str(elsewhere), str(place)], check=True)
+        backend.ping(Transfer(1.0))
         assert put(backend, 2) == 1
+        assert raw_keys(place) == {key(2)}
         backend.close()
+        subprocess.run(["umount", str(place)], check=True)
 
 
-def test_what_is_no_file_is_not_a_chunk_and_holds_nobody(
+# Something else in the place of a frame
+
+
+def directory(path: Path) -> None:
+    path.mkdir()
+
+
+def filled_directory(path: Path) -> None:
+    path.mkdir()
+    (path / "what somebody wrote").write_text("there")
+
+
+def socket_file(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path.name)
+
+
+def link(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def anothers_file(path: Path) -> None:
+    if os.getuid():
+        pytest.skip("only root can make a file of another user")
+    path.write_bytes(bytes(1000))
+    os.chown(path, 12345, 12345)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [directory, filled_directory, os.mkfifo, socket_file, link, link_to_itself, anothers_file],
+)
+def test_what_is_no_frame_is_absent_and_gives_way(
+    tmp_path: Path, backend: DiskBackend, raw: RawFiles, make: Callable[[Path], None]
+) -> None:
+    put(backend, 1, 2)
+    raw.path(key(1)).unlink()
+    make(raw.path(key(1)))
+    assert backend.contains([key(1), key(2)], Transfer(1.0)) == [False, True]
+    assert [i for i, _ in backend.get([key(1), key(2)], Transfer(1.0))] == [1]
+    assert {stored.key for stored in scan(backend)} == {key(2)}
+    assert put(backend, 1) == 1
+    assert raw.read(key(1)) == bytes(1000)
+    backend.delete([key(1)], Transfer(1.0))
+    make(raw.path(key(1)))
+    backend.delete([key(1)], Transfer(1.0))
+    assert not os.path.lexists(raw.path(key(1)))
+
+
+def test_what_somebody_put_there_is_kept(
     tmp_path: Path, backend: DiskBackend, raw: RawFiles
 ) -> None:
-    put(backend, 1, 2, 3)
-    raw.path(key(1)).unlink()
-    os.mkfifo(raw.path(key(1)))
-    raw.path(key(2)).unlink()
-    raw.path(key(2)).mkdir()
-    got = {i: b"".join(p) for i, p in backend.get([key(n) for n in (1, 2, 3)], Transfer(1.0))}
-    assert got == {0: b"", 1: b"", 2: bytes(1000)}
+    raw.path(key(1)).parent.mkdir()
+    filled_directory(raw.path(key(1)))
+    assert put(backend, 1) == 1
+    for old in left_over(tmp_path):
+        os.utime(old, (0, 0))
+    opener(tmp_path)().close()  # which removes what is left over
+    assert [path.read_text() for path in tmp_path.rglob("what somebody wrote")] == ["there"]
+
+
+@pytest.mark.parametrize("make", [link, os.mkfifo, Path.touch])
+def test_what_is_no_directory_of_frames_gives_way(
+    backend: DiskBackend, raw: RawFiles, make: Callable[[Path], None]
+) -> None:
+    make(raw.path(key(1)).parent)
+    assert backend.contains([key(1)], Transfer(1.0)) == [False]
+    assert put(backend, 1) == 1
+    assert raw.read(key(1)) == bytes(1000)
+
+
+def test_a_frame_that_cannot_be_opened_is_one_that_cannot_be_read(
+    backend: DiskBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(backend, 1)
+
+    def forbidden(self: Place, key: ChunkKey) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Place, "read", forbidden)
+    ((_, parts),) = backend.get([key(1)], Transfer(1.0))
+    assert b"".join(parts) == b""  # so that the tier removes it
+
+
+# Whose it is
+
+ATTACKER = 12345
+
+
+def give(path: Path) -> Path:
+    os.chown(path, ATTACKER, ATTACKER, follow_symlinks=False)
+    return path
+
+
+def made(path: Path) -> Path:
+    path.mkdir(mode=0o700)
+    return path
+
+
+def filled(path: Path) -> Path:
+    path.write_bytes(bytes(8))
+    return path
+
+
+def open_to_all(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    path.chmod(0o777)
+
+
+def linked(path: Path, to: Path) -> Path:
+    path.symlink_to(to)
+    return path
+
+
+TRAPS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "another's": (
+        lambda root, mine: give(root),
+        r"path: .*/root belongs to user 12345, not to user 0; give a directory that is this user's",
+    ),
+    "open to all": (
+        lambda root, mine: open_to_all(root),
+        r"path: .*/root is open to other users, who may write to it \(mode 0777\); give a directory",
+    ),
+    "open to its group": (
+        lambda root, mine: root.chmod(0o770),
+        r"/root is open to other users, who may write to it \(mode 0770\); .* group: NAME",
+    ),
+    "chunks, another's": (
+        lambda root, mine: give(made(root / "chunks")),
+        "/root/chunks belongs to user 12345",
+    ),
+    "chunks, open to all": (
+        lambda root, mine: open_to_all(root / "chunks"),
+        r"/root/chunks is open to other users, .* \(mode 0777\)",
+    ),
+    "chunks, a link": (
+        lambda root, mine: linked(root / "chunks", mine),
+        "/root/chunks is not a directory, but a link or a file",
+    ),
+    "tmp, a link": (
+        lambda root, mine: linked(root / "tmp", mine),
+        "/root/tmp is not a directory, but a link or a file",
+    ),
+    "usage, a link": (
+        lambda root, mine: linked(root / "usage", mine / "file"),
+        "/root/usage is not a file",
+    ),
+    "usage, a hard link": (
+        lambda root, mine: os.link(mine / "file", root / "usage"),
+        "/root/usage has a second name: it is a hard link",
+    ),
+    "usage, a fifo": (lambda root, mine: os.mkfifo(root / "usage"), "/root/usage is not a file"),
+    "usage, a directory": (
+        lambda root, mine: (root / "usage").mkdir(),
+        "/root/usage is not a file",
+    ),
+    "usage, another's": (
+        lambda root, mine: give(filled(root / "usage")),
+        "/root/usage belongs to user 12345",
+    ),
+}
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Path]:
+    """A directory of ours with files, one of them named like a frame, that nobody touches."""
+    mine = tmp_path / "mine"
+    (mine / "aaa").mkdir(parents=True)
+    mine.chmod(0o700)
+    files = {mine / "file": "precious", mine / "aaa" / ("a" * 64): "precious, too"}
+    for path, text in files.items():
+        path.write_text(text)
+        os.utime(path, (0, 0))
+    yield mine
+    assert {path: path.read_text() for path in mine.rglob("*") if path.is_file()} == files
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
+
+
+@needs_root
+@pytest.mark.parametrize("kind", TRAPS)
+def test_what_another_user_has_prepared_is_refused(tmp_path: Path, mine: Path, kind: str) -> None:
+    make, sentence = TRAPS[kind]
+    root = tmp_path / "root"
+    root.mkdir(mode=0o700)
+    make(root, mine)
+    with pytest.raises(ConfigError, match=sentence):
+        opener(root, capacity=5000)()
+
+
+@needs_root
+@pytest.mark.parametrize("rest", ["", "cache"])
+def test_links_of_another_user_are_not_followed(tmp_path: Path, mine: Path, rest: str) -> None:
+    there = give(linked(tmp_path / "link", mine))
+    with pytest.raises(ConfigError, match="link is a link of user 12345"):
+        opener(there / rest)()
+
+
+@needs_root
+def test_what_is_exchanged_meanwhile_is_refused(tmp_path: Path, mine: Path) -> None:
+    root = tmp_path / "root"
+    backend = opener(root)()
+    shutil.rmtree(root / "chunks")
+    (root / "chunks").symlink_to(mine)
+    with pytest.raises(StorageError, match="not a directory, but a link"):
+        put(backend, 1)
+    (root / "chunks").unlink()
+    (root / "usage").unlink()
+    (root / "usage").symlink_to(mine / "file")
+    with pytest.raises(StorageError, match="is not a file"):
+        put(backend, 1)
+    (root / "usage").unlink()
+    assert put(backend, 1) == 1
+    backend.close()
+
+
+@needs_root
+def test_the_systems_directory_for_all_may_hold_one(tmp_path: Path) -> None:
+    """Its sticky bit keeps others from what they did not make."""
+    tmp_path.chmod(0o1777)
+    opener(tmp_path)().close()
+    assert (tmp_path / "chunks").stat().st_mode & 0o777 == 0o700
+
+
+def test_our_own_links_are_followed_to_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "large" / "kv").mkdir(parents=True)
+    (tmp_path / "near").symlink_to("large")
+    (tmp_path / "here").symlink_to(tmp_path / "near" / "kv" / "." / ".." / "kv")
+    backend = opener(tmp_path / "here" / "cache")()
+    assert put(backend, 1) == 1
+    assert raw_keys(tmp_path / "large" / "kv" / "cache") == {key(1)}
+    backend.close()
+
+
+def modes(root: Path) -> dict[str, str]:
+    return {path.name: oct(path.stat().st_mode & 0o7777) for path in [root, *root.rglob("*")]}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+def test_all_that_is_made_is_private_whatever_the_umask(open_tmp_path: Path, umask: int) -> None:
+    above = open_tmp_path / "above"
+
+    def work() -> int:
+        with masked_by(umask):
+            backend = opener(above / "between" / "cache", capacity=3000)()
+            return put(backend, 1) + put(backend, 2) + put(backend, 3) + put(backend, 4)
+
+    if os.getuid():
+        assert work() == 4
+    else:  # root may do what a mode forbids
+        open_tmp_path.chmod(0o777)
+        assert as_user(65534, work) == "4"
+    found = modes(above)
+    files = {name: mode for name, mode in found.items() if len(name) == 64 or name == "usage"}
+    assert len(files) > 1
+    assert set(files.values()) == {"0o600"}
+    assert {mode for name, mode in found.items() if name not in files} == {"0o700"}
+
+
+# A group that shares it
+
+
+def opener_for(group: int | str, path: Path) -> Callable[[], DiskBackend]:
+    options = DiskOptions(path=path, capacity=4000, group=group)
+    return functools.partial(DiskBackend, options)
+
+
+@needs_root
+def test_a_group_shares_a_directory_and_nobody_else(open_tmp_path: Path) -> None:
+    open_tmp_path.chmod(0o777)
+    root, group = open_tmp_path / "cache", 54321
+
+    def first() -> int:
+        return put(opener_for(group, root)(), 1, 2, 3)
+
+    def second() -> list[bool]:
+        backend = opener_for(group, root)()
+        backend.touch([key(1)], Transfer(1.0))
+        loaded = [i for i, parts in backend.get([key(1), key(2)], Transfer(1.0))]
+        assert loaded == [0, 1]
+        backend.delete([key(2)], Transfer(1.0))
+        assert put(backend, 4, 5, 6) == 3
+        return backend.contains([key(n) for n in (1, 2, 3)], Transfer(1.0))
+
+    def third() -> int:
+        return put(opener(root)(), 9)
+
+    assert as_user(1001, first, gid=group) == "3"
+    assert as_user(1002, second, gid=group) == "[True, False, False]"
+    assert as_user(1001, lambda: put(opener_for(group, root)(), 7), gid=group) == "1"
+    found = modes(root)
+    files = {name: mode for name, mode in found.items() if len(name) == 64 or name == "usage"}
+    assert set(files.values()) == {"0o660"}
+    assert {mode for name, mode in found.items() if name not in files} == {"0o2770"}
+    assert {path.stat().st_gid for path in root.rglob("*")} == {group}
+    assert "belongs to user 1001, not to user 1003" in as_user(1003, third, gid=group)
+    outside = as_user(1004, opener_for(group, root))
+    assert outside == "ConfigError: group: user 1004, as whom this runs, is not in group 54321"
+
+
+@needs_root
+def test_a_directory_of_another_group_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    opener_for(1, root)().close()
+    with pytest.raises(ConfigError, match="belongs to group 1, not to group 2"):
+        opener_for(2, root)()
+    root.chmod(0o2777)
+    with pytest.raises(ConfigError, match="is open to other users"):
+        opener_for(1, root)()
+
+
+def test_a_group_has_a_name_or_a_number(tmp_path: Path) -> None:
+    name = grp.getgrgid(os.getgid()).gr_name
+    assert opener_for(name, tmp_path).args[0].group == os.getgid()
+    assert opener_for("54321", tmp_path).args[0].group == 54321
+    for wrong in ("nobody has this name", "", -1, True, 1.5):
+        with pytest.raises(ValueError, match="expected a group of this host, by name or number"):
+            opener_for(wrong, tmp_path)
 
 
 @pytest.mark.parametrize("path", ["file/cache", "file"])
@@ -360,14 +763,14 @@ def test_one_round_of_making_room_serves_many_writes(
 ) -> None:
     backend = opener(tmp_path, 100 * SMALL)()
     scans = 0
-    real = DiskBackend._files
+    real = Place.files
 
-    def counting(self: DiskBackend) -> Iterator[tuple[str, int, int]]:
+    def counting(self: Place) -> Iterator[File]:
         nonlocal scans
         scans += 1
         return real(self)
 
-    monkeypatch.setattr(DiskBackend, "_files", counting)
+    monkeypatch.setattr(Place, "files", counting)
     for n in range(600):
         put(backend, n, nbytes=SMALL // 2)
     assert scans < 600 / 8
@@ -404,7 +807,7 @@ def test_a_slow_disk_is_told_from_one_that_hangs(
             if nbytes:
                 progress[-1] += 1
 
-    monkeypatch.setattr(disk.os, "preadv", counting)
+    monkeypatch.setattr(os, "preadv", counting)
     ((_, parts),) = backend.get([key(1)], Noting(1.0))
     assert b"".join(parts) == bytes(7 << 20)
     assert progress == [1, 1, 1, 1]
@@ -418,10 +821,13 @@ def test_reading_a_chunk_costs_four_system_calls(
     for name in ("open", "fstat", "preadv", "close", "stat", "access", "lseek", "read"):
         real = getattr(os, name)
 
-        def counting(*args: object, real: object = real, name: str = name) -> object:
+        def counting(
+            *args: object, real: object = real, name: str = name, **more: object
+        ) -> object:
             calls.append(name)
-            return real(*args)
+            return real(*args, **more)
 
-        monkeypatch.setattr(disk.os, name, counting)
+        monkeypatch.setattr(os, name, counting)
     list(backend.get([key(1)], Transfer(1.0)))
+    monkeypatch.undo()
     assert calls == ["open", "fstat", "preadv", "close"]

@@ -530,7 +530,7 @@ class _Pool:
 
     def _free_slot(self, prefix: Sequence[ChunkKey], evicted: list[bytes]) -> int | None:
         slot = self._unused_slot()
-        if slot is None:
+        if slot is None and len(prefix) < self._words[Word.SLOTS]:
             oldest = self._oldest(prefix)
             if oldest:
                 self._evict(oldest, evicted)
@@ -552,6 +552,8 @@ class _Pool:
         first = self._run(pages)
         if first is not None:
             return first
+        if pages * len(prefix) > self._words[Word.PAGES]:  # it would not be there as a whole
+            return None
         segment = self._segment
         oldest = self._oldest(prefix)
         if oldest and segment.pages[oldest] >= pages:

@@ -1,0 +1,5 @@
+"""The disk backend."""
+
+from lmcache_backends.disk.backend import DiskBackend, DiskOptions
+
+__all__ = ["DiskBackend", "DiskOptions"]
