@@ -12,6 +12,8 @@ from lmcache_core.config.loading import strict_requested
 from lmcache_core.config.models import Config, SerdeConfig, TierConfig
 from lmcache_core.engine.engine import CacheEngine, Gather, open
 from lmcache_core.engine.hit import Hit, TierInfo
+from lmcache_core.engine.prefetch import Prefetch
+from lmcache_core.engine.removal import Removal
 from lmcache_core.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -74,6 +76,8 @@ __all__ = [
     "Namespace",
     "NoContent",
     "Options",
+    "Prefetch",
+    "Removal",
     "Serde",
     "SerdeConfig",
     "Size",

@@ -17,8 +17,11 @@ from typing import Any, NamedTuple
 
 from lmcache_core.config.loading import load
 from lmcache_core.config.models import Config, TierConfig
+from lmcache_core.engine import removal
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.engine.load_gate import LoadGate
+from lmcache_core.engine.prefetch import Prefetch, Prefetcher, Requests
+from lmcache_core.engine.removal import Removal, Selection
 from lmcache_core.engine.tier import Miss, Tier
 from lmcache_core.errors import ConfigError
 from lmcache_core.io.breaker import State
@@ -39,6 +42,9 @@ from lmcache_core.plugins.registry import component
 
 DRAIN_SECONDS = 30.0
 """How long `close` waits for write-behind."""
+
+CLEAR_SECONDS = 60.0
+"""How long `clear` waits for a store that has much to remove."""
 
 _HEADER_BYTES = 4096
 """More than the head of a frame takes, of a namespace with few layer groups."""
@@ -63,13 +69,16 @@ class CacheEngine:
         self._tiers: list[Tier] = []
         self._exact: set[object] = set()
         """Code of gathers that fill all through `copy_exact`, as far as it is known."""
-        self._close = weakref.finalize(self, _close, self._tiers, self._observers)
+        self._requests = Requests()
+        self._prefetcher = Prefetcher(self._requests)
+        parts = self._tiers, self._observers, self._prefetcher
+        self._close = weakref.finalize(self, _close, *parts)
         try:
             for tier in config.tiers:
                 self._tiers.append(_open_tier(tier, self._observers, config))
         except BaseException:
             self._close.detach()
-            _close_now(self._tiers, self._observers)
+            _close_now(*parts)
             raise
         judged = [config.load != "always" and not tier.in_memory for tier in self._tiers]
         self.load_gate = LoadGate(judged, partial(_judged, self._tiers))
@@ -202,6 +211,21 @@ class CacheEngine:
         memory are promoted to the tiers above it.
         """
         hit = what if isinstance(what, Hit) else self.lookup(what)
+        done = start
+        with self._requests:
+            try:
+                for chunk, number in self._arriving(hit, start):
+                    done += 1
+                    if not shared and (len(self._tiers) > 1 or self._tiers[number].in_memory):
+                        chunk = _own(chunk)
+                    yield chunk
+                    del chunk
+            finally:
+                for tier in self._tiers if done > start else ():
+                    tier.used(hit.keys[:done])
+
+    def _arriving(self, hit: Hit, start: int) -> Iterator[tuple[Chunk, int]]:
+        """Chunks from `start` on and their tiers, stored in the tiers above these."""
         keys, where = hit.keys[: hit.chunks], list(hit.tiers)
         loaded, stored = _Tally(), _Tally()
         full: set[int] = set()
@@ -211,17 +235,26 @@ class CacheEngine:
                 for chunk, number in self._stream(keys, where, done, loaded):
                     done += 1
                     self._spread(chunk, keys, number, full, stored)
-                    if not shared and (len(self._tiers) > 1 or self._tiers[number].in_memory):
-                        chunk = _own(chunk)
-                    yield chunk
+                    yield chunk, number
                     del chunk
                 if done < len(where):
                     where[done:] = self._find_again(keys, where, done)
         finally:
             loaded.tell(Tier.tell_loaded)
             stored.tell(Tier.tell_stored)
-            for tier in self._tiers if done > start else ():
-                tier.used(keys[:done])
+
+    def prefetch(self, keys: Sequence[ChunkKey]) -> Prefetch:
+        """Bring the stored prefix of `keys` into the tiers before the one that has it, in the
+        background and behind the loads of requests. May be cancelled."""
+        return self._prefetcher.add(keys, self._promote)
+
+    def _promote(self, keys: Sequence[ChunkKey]) -> Iterator[int]:
+        """Yield the length of the prefix that the fastest tier has, as it grows."""
+        hit = self.lookup(keys)
+        start = next((i for i, tier in enumerate(hit.tiers) if tier), hit.chunks)
+        yield start
+        for done, _ in enumerate(self._arriving(hit, start), start + 1):
+            yield done
 
     def _stream(
         self, keys: Sequence[ChunkKey], where: Sequence[int], start: int, loaded: _Tally
@@ -381,6 +414,30 @@ class CacheEngine:
         present, _ = self._tiers[0].contains(keys[start:])
         return [i for i, there in zip(indices, present, strict=True) if not there]
 
+    def invalidate(self, keys: Sequence[ChunkKey]) -> Removal:
+        """Remove these chunks from every tier, with what waits to be written of them.
+
+        Chunks that follow them in longer sequences stay, are found no more, and leave when room is
+        made. Costs at most two deadlines a tier; a tier that does not answer is named.
+        """
+        return removal.remove(self._tiers, keys, None)
+
+    def clear(
+        self,
+        *,
+        namespace: Namespace | None = None,
+        model: str | None = None,
+        tenant: str | None = None,
+        timeout: float = CLEAR_SECONDS,
+    ) -> Removal:
+        """Remove from every tier all chunks of a namespace, of a model's name, of a tenant, of a
+        tenant's model; without any of these all there is, what cannot be read included.
+
+        Other processes may go on storing meanwhile. `timeout`: seconds that each tier may take.
+        """
+        selection = Selection(namespace, model, tenant)
+        return removal.clear(self._tiers, selection, timeout)
+
     def stats(self) -> dict[tuple[str, ...], float]:
         """Counts by (name, labels ...), such as ("loaded", "disk") or ("missed", "damaged",
         "disk"): chunks or, where the name says so, bytes or seconds. See docs/metrics.md."""
@@ -407,6 +464,7 @@ class CacheEngine:
         self._close.detach()
         self.load_gate = LoadGate([False] * len(self._tiers), lambda tier, state, cause: None)
         self._tiers = []
+        self._prefetcher = Prefetcher(self._requests)
         self._observers.abandon()
 
     def __enter__(self) -> CacheEngine:
@@ -492,7 +550,7 @@ def _judged(tiers: Sequence[Tier], number: int, state: State, cause: str) -> Non
     tiers[number].state_changed("loads")(state, cause)
 
 
-def _close(tiers: list[Tier], observers: Observers) -> None:
+def _close(tiers: list[Tier], observers: Observers, prefetcher: Prefetcher) -> None:
     """Close all tiers, from whichever thread and at whichever moment.
 
     A signal's handler or a finalizer may run in the middle of a call of ours, which may hold what
@@ -500,14 +558,15 @@ def _close(tiers: list[Tier], observers: Observers) -> None:
     deadline; the interpreter's end waits for the rest.
     """
     if not _is_inside():
-        return _close_now(tiers, observers)
-    thread = start_thread(partial(_close_now, tiers, observers), "lmcache-close")
+        return _close_now(tiers, observers, prefetcher)
+    thread = start_thread(partial(_close_now, tiers, observers, prefetcher), "lmcache-close")
     thread.join(max((tier.deadline for tier in tiers), default=0.0))
     if thread.is_alive():
         atexit.register(thread.join, DRAIN_SECONDS)
 
 
-def _close_now(tiers: list[Tier], observers: Observers) -> None:
+def _close_now(tiers: list[Tier], observers: Observers, prefetcher: Prefetcher) -> None:
+    prefetcher.close()
     for tier in tiers:
         tier.refuse()
     end = time.monotonic() + DRAIN_SECONDS

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from lmcache_core.backend import StorageBackend, SupportsReserve
+from lmcache_core.backend import StorageBackend, SupportsReserve, SupportsScan
 from lmcache_core.config.models import TierConfig
 from lmcache_core.engine.streams import merged
 from lmcache_core.engine.unreadable import Unreadable
@@ -443,6 +443,56 @@ class Tier:
         self._remove(self._unreadable.among([key for key, _ in frames]), transfer)
         return self._backend.put(frames, prefix, transfer)
 
+    # Removing
+
+    def take_out(self, keys: Sequence[ChunkKey], timeout: float | None = None) -> int:
+        """Remove chunks, those that wait to be written, too; how many there were.
+
+        Raises what the store raises, and DeadlineExceeded after `timeout` seconds, by default the
+        deadline.
+        """
+        seconds = self.deadline if timeout is None else timeout
+        waited = self._writer.cancel(keys, seconds)
+        there = self._work(lambda transfer: self._delete(keys, transfer), seconds)
+        gone = waited.union(there)
+        for some in by_namespace(gone):
+            self._observers.tell(Removed(tier=self.name, keys=some))
+        return len(gone)
+
+    def _delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[ChunkKey]:
+        found = self._look(keys, transfer)
+        there = [key for key, present in zip(keys, found, strict=True) if present]
+        self._backend.delete(there, transfer)
+        self._unreadable.discard(there)
+        return there
+
+    def scan(self, timeout: float) -> list[ChunkKey]:
+        """The keys of all that is there or waits to be written. Raises StorageError where the
+        store cannot tell."""
+        backend = self._backend
+        if not isinstance(backend, SupportsScan):
+            raise StorageError("cannot tell what it has")
+        waiting = list(self._writer.pending)
+        return waiting + self._work(
+            lambda transfer: [each.key for each in backend.scan(transfer)], timeout
+        )
+
+    def namespace_of(self, key: ChunkKey) -> Namespace | None:
+        """What a chunk that is here says of its namespace; None where that cannot be read."""
+        waits = self._writer.pending.get(key)
+        if waits is not None:
+            return waits.namespace
+
+        def read(transfer: Transfer) -> Namespace | None:
+            for _, parts in self._backend.get([key], transfer):
+                return frame.namespace(parts, key)
+            return None
+
+        try:
+            return self._work(read, self.deadline)
+        except FrameError:
+            return None
+
     def raw_bytes(self, namespace: Namespace, tokens: int) -> int:
         """Bytes of a chunk's frame here, where no serde changes how many there are."""
         return frame.raw_bytes(namespace, tokens, self._pipeline)
@@ -468,7 +518,10 @@ class Tier:
 
     def _call(self, work: Callable[[Transfer], T]) -> T:
         """What `work` returns; raises DeadlineExceeded where a store takes too long for it."""
-        transfer = Transfer(self.deadline)
+        return self._work(work, self.deadline)
+
+    def _work(self, work: Callable[[Transfer], T], seconds: float) -> T:
+        transfer = Transfer(seconds, limit=MAX_FRAME_BYTES)
         try:
             if self.in_memory:
                 return work(transfer)

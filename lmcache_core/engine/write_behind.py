@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
+from lmcache_core.errors import DeadlineExceeded
 from lmcache_core.io.threads import start_thread
 from lmcache_core.kv.chunk import Chunk
 from lmcache_core.kv.keys import ChunkKey
@@ -87,6 +88,36 @@ class WriteBehind:
             if not self._refuses:
                 self._append(work)
 
+    def cancel(self, keys: Sequence[ChunkKey], timeout: float) -> set[ChunkKey]:
+        """Forget chunks that wait to be written, and wait for those that are being written; which
+        were forgotten. Raises DeadlineExceeded where a store takes longer for them."""
+        with self._changed:
+            mine = self.pending.keys() & set(keys)
+            if not mine:
+                return set()
+            forgotten = {
+                job.chunk.key
+                for job in self._jobs
+                if isinstance(job, _Job) and job.chunk.key in mine
+            }
+            self._jobs = deque(
+                job
+                for job in self._jobs
+                if not (isinstance(job, _Job) and job.chunk.key in forgotten)
+            )
+            self._forget(forgotten)
+            self._remember(list(forgotten))
+            self._changed.notify_all()
+            under_way = mine - forgotten
+            if not self._changed.wait_for(lambda: under_way.isdisjoint(self.pending), timeout):
+                raise DeadlineExceeded(f"still being written after {timeout:.3g} s")
+            return forgotten
+
+    def _forget(self, keys: Iterable[ChunkKey]) -> None:
+        for key in keys:
+            chunk = self.pending.pop(key, None)  # none is left once closed
+            self._bytes -= 0 if chunk is None else chunk.nbytes
+
     @property
     def behind(self) -> bool:
         """Whether so much waits that a touch is not worth its place."""
@@ -162,9 +193,7 @@ class WriteBehind:
 
     def _written(self, chunks: Sequence[Chunk], stored: int) -> None:
         with self._changed:
-            for chunk in chunks:
-                if self.pending.pop(chunk.key, None) is not None:  # none is left once closed
-                    self._bytes -= chunk.nbytes
+            self._forget(chunk.key for chunk in chunks)
             self._remember([chunk.key for chunk in chunks[stored:]])
 
     def flush(self, timeout: float | None) -> bool:

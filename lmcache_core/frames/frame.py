@@ -82,6 +82,15 @@ def decode(
     return Chunk(key, header.namespace, head.index, head.tokens, tensors)
 
 
+def namespace(parts: Buffers, key: ChunkKey) -> Namespace:
+    """What the frame of `key` says of its namespace. Raises FrameError."""
+    head = Head.read(parts, verify=False)
+    if head.key != key:
+        raise FrameError(f"the frame of {head.key.hex()}", "foreign")
+    raw = bytes(parts[0][HEADER : HEADER + head.length])
+    return parse_header(raw, key.namespace, head.tokens).namespace
+
+
 def _context(key: ChunkKey, tokens: int, index: int, header: bytes) -> bytes:
     """Whose payload it is: what a seal binds."""
     return key + struct.pack("<II", tokens, index) + header
