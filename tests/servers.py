@@ -76,6 +76,11 @@ class Server:
             self._process.wait(PATIENCE)
             self._process = None
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
     def freeze(self) -> None:
         """Stop it in the middle of whatever it does; the kernel goes on accepting for it."""
         os.kill(self._process.pid, signal.SIGSTOP)

@@ -33,7 +33,7 @@ from tests.backends.frames import (
     value,
     works,
 )
-from tests.backends.remote import RemoteConformance
+from tests.backends.remote import Opener, RemoteConformance, TlsConformance
 from tests.certificates import Authority
 from tests.servers import Proxy, Server, answers, eventually, free_port, program, running
 from tests.threads import no_more_threads
@@ -409,9 +409,12 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
 # Servers that fail, and networks
 
 
-class TestServersAndNetworks(RemoteConformance):
-    opener = staticmethod(opener)
+class TestServersAndNetworks(RemoteConformance, TlsConformance):
     encrypted = "memcached"
+
+    @pytest.fixture
+    def opener(self) -> Opener:
+        return opener
 
 
 # A server that refuses

@@ -38,7 +38,7 @@ from tests.backends.frames import (
     works,
 )
 from tests.backends.redis_servers import cluster, redis_server, sentinels
-from tests.backends.remote import RemoteConformance
+from tests.backends.remote import Opener, RemoteConformance, TlsConformance
 from tests.certificates import Authority
 from tests.servers import Proxy, Server, eventually, free_port, running
 
@@ -286,9 +286,12 @@ def test_a_key_of_another_type_is_found_out_and_can_be_removed(
 # Servers that fail, and networks
 
 
-class TestServersAndNetworks(RemoteConformance):
-    opener = staticmethod(opener)
+class TestServersAndNetworks(RemoteConformance, TlsConformance):
     encrypted = "rediss"
+
+    @pytest.fixture
+    def opener(self) -> Opener:
+        return opener
 
 
 def test_kill_9_in_the_middle_of_a_store(server: tuple[int, Server]) -> None:

@@ -47,6 +47,7 @@ from tests.backends.frames import (
     scan,
     value,
 )
+from tests.backends.remote import Opener, RemoteConformance
 from tests.certificates import Authority, Pair
 from tests.s3_server import (
     BUCKET,
@@ -740,37 +741,25 @@ def test_what_one_engine_stores_another_loads_and_damage_is_a_miss(
 # A network that fails
 
 
-OFFSETS = [0, 1, 9, 17, 100, 250, 400, 1000, 65_000, 150_000, 199_999]
+class TestServersAndNetworks(RemoteConformance):
+    persistent, touches = True, False
+    offsets = 8  # an S3 client takes long to make
 
+    @pytest.fixture
+    def opener(self, prefix: str) -> Opener:
+        return lambda port: functools.partial(S3Backend, options(port, prefix, parallel=1))
 
-def test_a_value_cut_anywhere_is_an_error_and_never_half_a_value(
-    proxy: Proxy, prefix: str, opened: Callable[..., S3Backend]
-) -> None:
-    backend = opened(proxy.port, prefix)
-    put(backend, 1, nbytes=200_000)
-    for offset in OFFSETS:
-        proxy.cut_after = offset
-        backend.close()
-        backend = opened(proxy.port, prefix)  # its first connection is the one that is cut
-        with pytest.raises(StorageError):
-            get(backend, 1)
-        proxy.heal()
-        assert get(backend, 1) == {1: value(1, 200_000)}
+    @pytest.fixture(name="server")
+    def port_and_server(self, server: S3Server) -> Iterator[tuple[int, S3Server]]:
+        yield server.port, server
+        server.thaw()
+        if not server.running:
+            server.start()
 
-
-@pytest.mark.parametrize("offset", [0, 20, 100, 5000])
-def test_a_value_that_stops_coming_costs_one_deadline(
-    proxy: Proxy, prefix: str, opened: Callable[..., S3Backend], offset: int
-) -> None:
-    backend = opened(proxy.port, prefix)
-    put(backend, 1, nbytes=200_000)
-    proxy.stall_after = offset
-    began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"no answer within 0\.3 s"):
-        get(backend, 1, timeout=0.3)
-    assert time.monotonic() - began < 1.5
-    proxy.heal()
-    assert get(backend, 1) == {1: value(1, 200_000)}
+    @pytest.fixture
+    def proxy(self, server: tuple[int, S3Server]) -> Iterator[Proxy]:
+        with Proxy(server[0]) as proxy:
+            yield proxy
 
 
 def test_garbage_is_an_error_or_stays_within_its_value(
@@ -850,40 +839,6 @@ def test_cuts_under_threads_mix_nothing_up(
 
 
 # A server that fails
-
-
-def test_a_server_that_is_killed_fails_at_once_and_is_found_again(
-    server: S3Server, prefix: str, opened: Callable[..., S3Backend]
-) -> None:
-    backend = opened(server.endpoint, prefix, parallel=2)
-    numbers = list(range(6))
-    put(backend, *numbers, nbytes=8 << 20)
-    load = backend.get(keys(*numbers), Transfer(5.0))
-    i, parts = next(load)
-    server.kill()  # in the middle of others
-    try:
-        assert b"".join(parts) == value(i, 8 << 20)
-        with pytest.raises(StorageError):
-            list(load)
-        for call in (here, get, put):
-            began = time.monotonic()
-            with pytest.raises(StorageError):
-                call(backend, 99, timeout=5.0)
-            assert time.monotonic() - began < 4
-    finally:
-        server.start()
-    assert here(backend, *numbers) == [True] * 6
-    assert put(backend, 99) == 1
-    assert get(backend, 1, 99) == {1: value(1, 8 << 20), 99: value(99)}
-
-
-def test_a_restart_between_calls_goes_unnoticed(server: S3Server, backend: S3Backend) -> None:
-    put(backend, *range(8))
-    assert len(get(backend, *range(8))) == 8  # several connections wait for their next request
-    server.kill()
-    server.start()
-    assert put(backend, *range(8, 16)) == 8
-    assert len(get(backend, *range(16))) == 16
 
 
 def test_a_server_that_hangs_costs_one_deadline_and_does_not_hold_close(
