@@ -45,6 +45,7 @@ from lmcache_core import (
 from lmcache_core.backend import Transfer
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
 from tests.backends.frames import Into, scan
+from tests.system import as_user, masked_by, needs_root
 
 EVICTED: list[bytes] = []
 """Keys that `put` made leave, since somebody looked."""
@@ -244,9 +245,48 @@ def test_what_others_can_write_to_is_refused(pool: str) -> None:
 
 def test_a_link_is_not_followed(pool: str, tmp_path: Path) -> None:
     RawPool(pool).path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="is not a file; remove it or take another name"):
         opener(pool, MIB)()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_file_of_ours_under_a_second_name_is_no_pool(pool: str) -> None:
+    precious = RawPool(f"{pool}-precious").path
+    precious.write_bytes(bytes(100))
+    precious.chmod(0o600)
+    RawPool(pool).path.hardlink_to(precious)
+    with pytest.raises(ConfigError, match="has a second name"):
+        opener(pool, MIB)()
+    assert precious.read_bytes() == bytes(100)
+
+
+@needs_root
+@pytest.mark.parametrize("umask", [0o000, 0o777])
+def test_a_pool_is_private_whatever_the_umask(pool: str, umask: int) -> None:
+    path = Path(f"/dev/shm/lmcache-65534-{pool}")
+
+    def work() -> int:
+        with masked_by(umask):
+            return put(opener(pool, MIB)(), 1) + put(opener(pool, MIB)(), 2)
+
+    try:
+        assert as_user(65534, work) == "2"
+        assert path.stat().st_mode & 0o777 == 0o600
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@needs_root
+def test_another_users_file_is_refused_without_waiting_for_its_lock(pool: str) -> None:
+    path = RawPool(pool).path
+    path.touch()
+    os.chown(path, 12345, -1)
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="belongs to user 12345, not to user 0; remove it"):
+            opener(pool, MIB)()
+        assert time.monotonic() - began < 5  # and not for as long as it takes to open one's own
 
 
 def test_more_than_there_is_memory_is_refused_at_once_and_leaves_nothing(pool: str) -> None:
@@ -256,11 +296,11 @@ def test_more_than_there_is_memory_is_refused_at_once_and_leaves_nothing(pool: s
     assert not RawPool(pool).path.exists()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+@needs_root
 def test_another_users_pool_is_refused(pool: str) -> None:
     opener(pool, MIB)().close()
     os.chown(RawPool(pool).path, 12345, -1)
-    with pytest.raises(ConfigError, match="is open to other users"):
+    with pytest.raises(ConfigError, match="belongs to user 12345, not to user 0; remove it"):
         opener(pool, MIB)()
 
 
@@ -874,6 +914,22 @@ def test_list_and_clear(pool: str, capsys: pytest.CaptureFixture[str]) -> None:
     used.close()
     assert main(["what"]) == 2
     assert "clear [POOL...]" in capsys.readouterr().err
+
+
+def test_what_is_no_pool_of_this_user_is_passed_over(
+    pool: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    link = RawPool(pool).path
+    link.symlink_to(tmp_path / "file")
+    for command in ("list", "clear"):
+        assert main([command]) == 0
+        said = capsys.readouterr()
+        assert f"passed over, for it is no file of this user: {link}" in said.err
+        assert pool not in said.out
+    assert main(["clear", pool]) == 1
+    assert (tmp_path / "file").read_text() == "precious"
+    assert link.is_symlink()
 
 
 def test_pools_may_go_while_others_are_listed_and_cleared(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
 from lmcache_backends.shm.segment import PAGE, Word, living_members, path_of, read_words
+
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -40,18 +43,21 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _pools() -> list[tuple[str, str]]:
-    """Name and file of this user's pools."""
+    """Name and file of this user's pools; what else has such a name is told of."""
     prefix = path_of("")
     pools = []
     for path in sorted(glob.glob(f"{prefix}*")):
         with suppress(FileNotFoundError):
-            if os.stat(path).st_uid == os.getuid():
+            status = os.lstat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
                 pools.append((path.removeprefix(prefix), path))
+            else:
+                print(f"passed over, for it is no file of this user: {path}", file=sys.stderr)
     return pools
 
 
 def _members(path: str) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, _FLAGS)
     try:
         return living_members(fd)
     finally:
@@ -59,7 +65,7 @@ def _members(path: str) -> int:
 
 
 def _described(path: str) -> str:
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(path, _FLAGS)
     try:
         words = read_words(fd)
         if words is None:

@@ -23,7 +23,6 @@ import fcntl
 import math
 import mmap
 import os
-import stat
 import struct
 import threading
 import time
@@ -36,6 +35,8 @@ from lmcache_core.backend import (
     Backoff,
     ConfigError,
     DeadlineExceeded,
+    Owners,
+    Refused,
     StorageError,
     Transfer,
     host_register,
@@ -108,7 +109,6 @@ class Segment:
         self._fd = _open_locked(self.path)
         _OPEN.add(self)
         try:
-            _check_owner(self._fd, self.path)
             _create_or_check(self._fd, self.path, capacity)
             self._map()
         except BaseException:
@@ -215,7 +215,7 @@ class Segment:
 
 def path_of(pool: str) -> str:
     """The file of this user's pool of that name."""
-    return f"{DIRECTORY}/lmcache-{os.getuid()}-{pool}"
+    return f"{DIRECTORY}/lmcache-{os.geteuid()}-{pool}"
 
 
 def living_members(fd: int) -> int:
@@ -261,17 +261,38 @@ def _open_locked(path: str) -> int:
     end = time.monotonic() + _OPEN_SECONDS
     waits = Backoff(*_LOCK_SECONDS)
     while True:
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            fd = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise ConfigError(f"pool: {path} cannot be opened: {error.strerror}") from error
+        fd = _open_own(path)
         if _has_locked(fd) and _is_at(fd, path):
             return fd
         os.close(fd)  # held by another, or removed by `clear` or a failed creation
         if time.monotonic() > end:
             raise StorageError(f"a process holds the lock of {path}")
         time.sleep(waits.next())
+
+
+def _open_own(path: str) -> int:
+    """The file, existing or new and empty; ConfigError where it is not this user's alone."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            _check_owner(os.lstat(path), path)
+        raise ConfigError(f"pool: {path} cannot be opened: {error.strerror}") from error
+    try:
+        _check_owner(os.fstat(fd), path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_owner(status: os.stat_result, path: str) -> None:
+    try:
+        Owners().check_file(status, path)
+    except Refused as error:
+        raise ConfigError(f"pool: {error}; remove it or take another name") from None
+    if status.st_mode & 0o077:
+        raise ConfigError(f"pool: {path} is open to other users; remove it or take another name")
 
 
 def _has_locked(fd: int) -> bool:
@@ -287,14 +308,6 @@ def _is_at(fd: int, path: str) -> bool:
         return os.path.samestat(os.fstat(fd), os.stat(path))
     except FileNotFoundError:
         return False
-
-
-def _check_owner(fd: int, path: str) -> None:
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"pool: {path} is not a file")
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ConfigError(f"pool: {path} is open to other users; remove it or take another name")
 
 
 def _create_or_check(fd: int, path: str, capacity: int) -> None:
@@ -328,6 +341,7 @@ def _create(fd: int, path: str, capacity: int) -> None:
     words[[Word.SLOTS, Word.PAGES]] = columns[0][2][0], pages
     words[[Word.HIGH, Word.LOW, Word.FREE, Word.LONGEST]] = 1, 1, pages, pages
     try:
+        os.fchmod(fd, 0o600)  # of which a umask may have taken some
         os.ftruncate(fd, 0)
         os.posix_fallocate(fd, 0, offset)  # now, or a full /dev/shm would be a SIGBUS later
         os.pwrite(fd, words.tobytes(), 0)
