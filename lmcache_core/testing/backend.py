@@ -241,6 +241,20 @@ class BackendConformance:
         assert got.pop(2, b"") in (damage, b"")
         assert got == {n: value for n, value in enumerate(values) if n != 2}
 
+    def test_what_is_larger_than_any_frame_is_handed_on_empty_or_left_out_and_stays_alone(
+        self, backend: StorageBackend, raw: RawAccess
+    ) -> None:
+        """Whoever can write to a store can make it claim any size. Memory of the store's own may
+        be handed on as it is: nothing is allocated for it."""
+        keys = [_key(n) for n in range(5)]
+        values = [_value(n, 3000) for n in range(5)]
+        values[2] = _value(2, 9000)
+        _put(backend, dict(zip(keys, values, strict=True)))
+        limited = Transfer(TIMEOUT, limit=5000)
+        got = {i: b"".join(parts) for i, parts in backend.get(keys, limited)}
+        assert got.pop(2, b"") in (b"", values[2])
+        assert got == {n: value for n, value in enumerate(values) if n != 2}
+
     def test_a_load_that_is_given_up_leaves_nothing_behind(self, backend: StorageBackend) -> None:
         keys = [_key(n) for n in range(50)]
         _put(backend, {key: _value(n, 3000) for n, key in enumerate(keys)})

@@ -205,37 +205,58 @@ def test_sizes_near_the_largest_item(
     assert everything(backend, 1, 2, nbytes=MIB + near)
 
 
-@pytest.mark.parametrize("harm", ["gone", "last gone", "another version's", "shorter", "bad head"])
+HEADS = {
+    "another version's": b"0" * 16 + b" 4 3145728",
+    "no head": b"what is this",
+    "no head, and long": b"x" * 200,
+    "a value in its place": bytes(MIB - 1000),
+    "more pieces than bytes": b"0123456789abcdef 999999 99",
+    "more pieces than there can be": b"0123456789abcdef 999999 999999",
+    "more bytes than any frame has": b"0123456789abcdef 999999 999999999999",
+}
+PIECES = {"shorter": b"short", "longer": bytes(MIB - 600)}
+
+
+@pytest.mark.parametrize("harm", ["gone", "last gone", *HEADS, *PIECES])
 def test_pieces_that_do_not_belong_together_are_no_chunk(
     small_items: tuple[MemcachedBackend, RawMemcached], harm: str
 ) -> None:
     """It is left out, and gone, so that it can be stored anew; its neighbours are served."""
     backend, raw = small_items
     put(backend, 1, 2, 3, nbytes=3 * MIB)
-    names = [name for name in raw.names() if str(key(2)) in name]
-    assert len(names) == 1 + 4
-    head, pieces = names[0], names[1:]
-    match harm:
-        case "gone":
-            raw.remove(pieces[1])
-        case "last gone":
-            raw.remove(pieces[-1])
-        case "another version's":
-            _, count, nbytes = raw.get(head).split()
-            raw.set(head, b"%b %b %b" % (b"0" * 16, count, nbytes), flags=1)
-        case "shorter":
-            raw.set(pieces[1], b"short")
-        case "bad head":
-            raw.set(head, b"what is this", flags=1)
-    if harm == "shorter":
-        with pytest.raises(lmcache_core.StorageError, match="another size"):
-            get(backend, 1, 2, 3)
-        backend.delete([key(2)], Transfer(LONG))
+    head, *pieces = [name for name in raw.names() if str(key(2)) in name]
+    assert len(pieces) == 4
+    if harm in HEADS:
+        raw.set(head, HEADS[harm], flags=1)
+    elif harm in PIECES:
+        raw.set(pieces[1], PIECES[harm])
     else:
-        assert get(backend, 1, 2, 3) == {1: value(1, 3 * MIB), 3: value(3, 3 * MIB)}
+        raw.remove(pieces[-1 if harm == "last gone" else 1])
+    began = time.monotonic()
+    got = backend.get(keys(1, 2, 3), Transfer(LONG, limit=64 * MIB))
+    found = {i: b"".join(parts) for i, parts in got}
+    assert found == {0: value(1, 3 * MIB), 2: value(3, 3 * MIB)}
+    assert time.monotonic() - began < LONG / 2  # nobody asks for a million pieces
     assert here(backend, 1, 2, 3) == [True, False, True]
     assert put(backend, 2, nbytes=3 * MIB) == 1
     assert everything(backend, 1, 2, 3, nbytes=3 * MIB)
+
+
+def test_pieces_that_displace_each_other_are_not_announced() -> None:
+    """Where small items have filled a server, few large ones have room at a time."""
+    port = free_port()
+    with running(memcached_server(port, "-m", "64")):
+        backend, raw = opener(port)(), RawMemcached(port)
+        for first in range(0, 320, 8):
+            put(backend, *range(first, first + 8), nbytes=MIB // 4)
+        large = range(1000, 1008)
+        stored = put(backend, *large, nbytes=2 * MIB)
+        assert stored < 8
+        assert here(backend, *large) == [n < stored for n in range(8)]
+        assert everything(backend, *large[:stored], nbytes=2 * MIB)
+        left = [name for name in raw.names() if any(str(key(n)) in name for n in large[stored:])]
+        assert left == []  # nor do they take room from others
+        backend.close()
 
 
 def test_two_nodes_that_store_the_same_chunk_keep_the_first(

@@ -116,6 +116,14 @@ class Connection:
             ready += self._receive(target[ready:])
         self._wake_at(1)
 
+    def skip(self, nbytes: int) -> None:
+        """Read so many bytes that nobody wants."""
+        scratch = memoryview(bytearray(min(nbytes, _AT_ONCE)))
+        while nbytes:
+            part = scratch[:nbytes]
+            self.read_into(part)
+            nbytes -= part.nbytes
+
     def _wake_at(self, nbytes: int) -> None:
         """Have the system wake us when so many bytes are there, or _AT_ONCE, and not for each
         packet: every time costs a turn at a core, and one at the interpreter."""

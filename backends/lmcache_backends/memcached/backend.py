@@ -51,6 +51,8 @@ _MONTH = 30 * 24 * 3600
 _END = b"\r\n"
 _HEAD = re.compile(rb"([0-9a-f]{16}) ([0-9]{1,6}) ([0-9]{1,12})")
 _HEAD_FLAG = b"f1"
+_LARGEST_HEAD = 100
+"""Bytes."""
 
 
 class MemcachedOptions(Expiry):
@@ -133,12 +135,14 @@ class MemcachedBackend(StorageBackend):
             if line.startswith(b"EN"):
                 return None
             nbytes, flags = value_follows(connection, line)
-            buffer = transfer.allocate(nbytes)
+            fits = nbytes <= transfer.limit
+            buffer = transfer.allocate(nbytes if fits else 0)
+            connection.skip(0 if fits else nbytes)
             connection.read_into(buffer)
             connection.expect(_END)
             if _HEAD_FLAG not in flags:
                 return [buffer]
-            heads[i] = _parse_head(bytes(buffer))
+            heads[i] = self._head(connection, buffer, transfer)
             return None
 
         request = [b"mg %b v f\r\n" % name for name in names]
@@ -173,9 +177,11 @@ class MemcachedBackend(StorageBackend):
                 return values.miss(n)
             nbytes, _ = value_follows(connection, line)
             _, begin, end = spans[n]
-            if nbytes != end - begin:
-                raise StorageError(f"{connection.address}: a piece of another size")
-            connection.read_into(values.target(n))
+            if nbytes == end - begin:
+                connection.read_into(values.target(n))
+            else:
+                values.miss(n)
+                connection.skip(nbytes)
             connection.expect(_END)
 
         def request(n: int) -> list[Buffer]:
@@ -209,6 +215,7 @@ class MemcachedBackend(StorageBackend):
         stored = {i for i, known in zip(heads, there, strict=True) if known}
         heads = {i: head for i, head in heads.items() if i not in stored}
         refused = self._put_pieces(frames, names, places, heads, transfer)
+        refused |= self._torn(names, places, heads, transfer)
 
         def value(i: int) -> list[Buffer]:
             if i in heads:
@@ -217,7 +224,7 @@ class MemcachedBackend(StorageBackend):
             return [self._set(names[i], sizes[i], b"ME"), *frames[i][1], _END]
 
         todo = [i for i in range(len(frames)) if i not in refused | stored]
-        unused: list[int] = []
+        unused = sorted(refused)
         servers = shares([places[i] for i in todo])
         answers = self._servers.batch(servers, lambda n: value(todo[n]), one_line, transfer, LARGE)
         for n, line in answers:
@@ -251,6 +258,20 @@ class MemcachedBackend(StorageBackend):
             left[pieces[n][0]] -= line.startswith(b"HD")
         return {i for i, count in left.items() if count}
 
+    def _torn(
+        self,
+        names: Sequence[bytes],
+        places: Sequence[Address],
+        heads: dict[int, Head],
+        transfer: Transfer,
+    ) -> set[int]:
+        """Which of these frames miss a piece: where large items have little room they displace
+        each other as they are written."""
+        left = {i: head.pieces for i, head in heads.items()}
+        for n, line in self._each_piece(b"mg %b", names, places, heads, transfer):
+            left[n] -= line.startswith(b"HD")
+        return {i for i, count in left.items() if count}
+
     def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         names, places = self._names(keys), self._servers.of(keys)
         heads = self._heads(names, places, b"", transfer)
@@ -265,13 +286,12 @@ class MemcachedBackend(StorageBackend):
         places: Sequence[Address],
         heads: dict[int, Head],
         transfer: Transfer,
-    ) -> None:
-        """A command for every piece of some frames."""
+    ) -> list[tuple[int, bytes]]:
+        """(index of the frame, answer) of a command for every piece of some frames."""
         pieces = _pieces(heads)
         lines = [command % heads[i].name(names[i], number) + _END for i, number in pieces]
         servers = [places[i] for i, _ in pieces]
-        for _ in self._servers.ask(servers, lines, transfer):
-            pass
+        return [(pieces[n][0], line) for n, line in self._servers.ask(servers, lines, transfer)]
 
     def _heads(
         self,
@@ -297,12 +317,12 @@ class MemcachedBackend(StorageBackend):
             if line.startswith(b"EN"):
                 return
             nbytes, flags = value_follows(connection, line)
-            if nbytes > 100 or _HEAD_FLAG not in flags:
-                raise StorageError(f"{connection.address}: a head that is none")
-            buffer = memoryview(bytearray(nbytes))
+            is_head = _HEAD_FLAG in flags and nbytes <= _LARGEST_HEAD
+            buffer = memoryview(bytearray(nbytes if is_head else 0))
+            connection.skip(nbytes - buffer.nbytes)
             connection.read_into(buffer)
             connection.expect(_END)
-            head = _parse_head(bytes(buffer))
+            head = self._head(connection, buffer, transfer)
             if head is not None:
                 heads[marked[n]] = head
 
@@ -311,6 +331,15 @@ class MemcachedBackend(StorageBackend):
         for _ in self._servers.batch(servers, lambda n: [read[n]], text, transfer):
             pass
         return heads
+
+    def _head(self, connection: Connection, text: memoryview, transfer: Transfer) -> Head | None:
+        """A head as it came from a server; None for what is none, such as one of more pieces than
+        its frame has there."""
+        head = _parse_head(bytes(text))
+        if head is None or head.nbytes > transfer.limit:
+            return None
+        largest = self._servers.limit(connection.address, transfer)
+        return head if head.pieces <= -(-head.nbytes // max(1, largest)) else None
 
     def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         keys = list(reversed(keys))  # the root last, so that it was used last

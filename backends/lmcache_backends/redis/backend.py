@@ -79,8 +79,11 @@ class RedisBackend(StorageBackend):
     def get(self, keys: Sequence[ChunkKey], transfer: Transfer) -> Iterator[tuple[int, Buffers]]:
         names = self._names(keys)
         sizes = dict(self._numbers(b"STRLEN", names, transfer))
-        large = {i: nbytes for i, nbytes in sizes.items() if PIECE < nbytes <= LARGEST}
-        small = [i for i in sizes if i not in large]
+        odd = [i for i, nbytes in sizes.items() if nbytes > min(LARGEST, transfer.limit)]
+        large = {i: nbytes for i, nbytes in sizes.items() if i not in odd and nbytes > PIECE}
+        small = [i for i in sizes if i not in odd and i not in large]
+        for i in odd:  # not a frame, which the tier finds out and removes
+            yield i, [memoryview(b"")]
         yield from self._whole(names, small, transfer)
         yield from self._joined(names, large, transfer)
 
@@ -129,12 +132,11 @@ class RedisBackend(StorageBackend):
             _, begin, end = pieces[n]
             nbytes = -1 if line.startswith(b"-WRONGTYPE") else _number(connection, line, b"$")
             if nbytes == end - begin:
-                target = values.target(n)
+                connection.read_into(values.target(n))
             else:  # removed meanwhile, or replaced
                 values.miss(n)
-                target = memoryview(bytearray(max(0, min(nbytes, PIECE + 1))))
+                connection.skip(max(0, nbytes))
             if nbytes >= 0:
-                connection.read_into(target)
                 connection.expect(_END)
 
         asked = [names[i] for i, _, _ in pieces]
