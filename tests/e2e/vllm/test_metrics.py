@@ -12,6 +12,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, BlockStored
 
 from lmcache_connectors.vllm.stats import Stats
 from tests.e2e.vllm.conftest import BLOCK, engine
+from tests.e2e.vllm.test_changes import moved
 from tests.e2e.vllm.test_connector import answers, connector, forget, prompt
 
 
@@ -74,6 +75,10 @@ def test_routers_hear_what_is_stored(llama: Path, disk: dict[str, Any]) -> None:
         answers(llm, ids)
         assert llm.reset_prefix_cache(reset_connector=True)
         answers(llm, prompt(40, 1))
+        cleared = [event for event in heard if isinstance(event, AllBlocksCleared)]
+        assert not cleared  # it is stored still, and belongs to what is computed
+        llm.apply_model(moved("model.embed_tokens.weight"))
+        answers(llm, prompt(40, 2))
     stored = [event for event in heard if isinstance(event, BlockStored)]
     assert sum(len(event.block_hashes) for event in stored[:-1]) >= 199 // BLOCK
     assert [t for event in stored for t in event.token_ids][: 2 * BLOCK] == ids[: 2 * BLOCK]

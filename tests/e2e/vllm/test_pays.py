@@ -84,4 +84,4 @@ def test_vllm_tells_what_computing_and_loading_took(llama: Path, disk: dict[str,
         ((tier, tokens, seconds),) = told
         assert (tier, tokens) == (0, REUSED)
         assert 0 < seconds < elapsed
-        assert not scheduler._started
+        assert repr(scheduler._steps) == "Steps(0 under way)"
