@@ -2,22 +2,20 @@
 
 Every tensor that hangs on its modules, as a parameter, a buffer, an attribute, in a list or in an
 object beside it, with all its bytes: packed weights and their scales, the tables of positions. The
-numbers that modules hold. The source files of their classes, vLLM's own or somebody's.
+numbers that modules hold. The source files of their classes (`code.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType
 from typing import Any
 
 import torch
 
+from lmcache_connectors.vllm.code import code_digests, function_digest
 from lmcache_core import NoContent, tensor_digests
 
 _MEMORY = ("kv_cache",)
@@ -29,8 +27,6 @@ _RELOADING = ("_do_torchao_reload", "_original_do_torchao_reload")
 _NUMBERS = (float, bool)
 _HELPERS = ("vllm.model_executor.", "vllm.v1.attention.")
 """Packages whose objects help modules, and hold weights for them."""
-_LIBRARIES = ("torch", "builtins")
-"""Packages whose code decides only how results are rounded."""
 
 
 def watch() -> None:
@@ -66,7 +62,7 @@ def digests(models: Iterable[torch.nn.Module]) -> tuple[dict[str, bytes], int]:
     for n, model in enumerate(models):
         found.update((f"{n}.{name}", each) for name, each in walk.module(model))
     known, nbytes = _read(found)
-    return known | _code(models), nbytes
+    return known | code_digests(models), nbytes
 
 
 def adapter_digests(adapter: Any) -> dict[str, bytes]:
@@ -107,6 +103,8 @@ class _Walk:
                 if key not in _TORCH and key not in _MEMORY and key not in _RELOADING:
                     yield from self.value(f"{path}.{key}", value)
                     yield from self._helper(f"{path}.{key}", value)
+                    if function := function_digest(value):
+                        yield f"{path}.{key}()", function
 
     def value(self, name: str, value: Any) -> _Found:
         """A tensor, a number, a plain container of more; a module that is no part of another."""
@@ -151,26 +149,3 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 def _of_lora(module: torch.nn.Module) -> bool:
     return any(kind.__module__.startswith("vllm.lora.") for kind in type(module).__mro__)
-
-
-def _code(models: Iterable[torch.nn.Module]) -> dict[str, bytes]:
-    """The source files of the modules' classes, by content and not by name; of a package that is
-    not vLLM's, such as a model's own code, all beside them that are loaded."""
-    kinds = {kind for model in models for part in model.modules() for kind in type(part).__mro__}
-    names = {kind.__module__ for kind in kinds}
-    names = {name for name in names if name.partition(".")[0] not in _LIBRARIES}
-    names = {name for name in names if not name.startswith("vllm.lora.")}  # as in the walk
-    for name in list(names):
-        package, dot, _ = name.rpartition(".")
-        if dot and not name.startswith("vllm."):
-            names |= {each for each in sys.modules if each.startswith(package + dot)}
-    sources = [_source(sys.modules.get(name)) for name in names]
-    files = [hashlib.blake2b(text, digest_size=16).digest() for text in sources if text]
-    return {f"code {file.hex()}": file for file in files}
-
-
-def _source(module: ModuleType | None) -> bytes:
-    try:
-        return Path(inspect.getsourcefile(module) or "").read_bytes() if module else b""
-    except (OSError, TypeError):  # compiled, or made at run time
-        return b""

@@ -1,7 +1,7 @@
 """What vLLM's KV depends on besides tokens.
 
 vLLM's block hashes stand for the tokens before a block's end, its multimodal inputs, prompt
-embeddings, LoRA name and cache salt. They do not stand for the model, its weights, its
+embeddings, LoRA name and path, and cache salt. They do not stand for the model, its weights, its
 quantization, the place of the worker or the way the bytes of a block are packed: that is here.
 """
 
@@ -51,7 +51,7 @@ def model_identity(config: VllmConfig) -> dict[str, Any]:
     """Namespace fields that say which model it is, besides its weights. A model's name, a path and
     its spelling are not among them."""
     fields = config.model_config.hf_config.to_dict()
-    fields.pop("auto_map", None)  # where code of the model's own lies; see `held.py` for the code
+    fields.pop("auto_map", None)  # where code of the model's own lies; see `code.py`
     return {
         "model": " ".join(fields.get("architectures") or ["unknown"]),
         "positions": config_digest(fields),

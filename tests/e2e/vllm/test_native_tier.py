@@ -173,7 +173,7 @@ def test_a_damaged_frame_is_a_miss_and_what_stands_before_it_is_not(
     first = opened(disk)
     first.store(blocks)
     flush(first)
-    (bad,) = first.tier._rows.keys([keys[2]])
+    (bad,) = first.tier._rows._rows.keys([keys[2]])
     (file,) = (tmp_path / "kv").glob(f"chunks/*/*{str(bad)[32:]}*")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
