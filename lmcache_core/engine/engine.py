@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from lmcache_core.config.loading import load
 from lmcache_core.config.models import Config, TierConfig
-from lmcache_core.engine import removal
+from lmcache_core.engine import contents, removal
+from lmcache_core.engine.contents import Contents
 from lmcache_core.engine.hit import Hit, TierInfo
 from lmcache_core.engine.load_gate import LoadGate
 from lmcache_core.engine.prefetch import Prefetch, Prefetcher, Requests
@@ -155,6 +156,11 @@ class CacheEngine:
             TierInfo(tier.name, config.backend, tier.in_memory, config.backend_class.medium)
             for tier, config in zip(self._tiers, self._config.tiers, strict=False)
         )
+
+    @property
+    def stores(self) -> tuple[Tier, ...]:
+        """The tiers themselves, for tools and tests; no engine needs them."""
+        return tuple(self._tiers)
 
     def bypassed(self, tier: int) -> bool:
         """Whether a tier is not looked into for now: it failed, or loading from it does not pay."""
@@ -437,6 +443,14 @@ class CacheEngine:
         """
         selection = Selection(namespace, model, tenant)
         return removal.clear(self._tiers, selection, timeout)
+
+    def contents(self, timeout: float = CLEAR_SECONDS) -> Contents:
+        """What each tier holds, by namespace: chunks, and bytes as they lie there.
+
+        Asks each store for all its keys, for at most `timeout` seconds, and one chunk of each
+        namespace whose it is.
+        """
+        return contents.contents(self._tiers, timeout)
 
     def stats(self) -> dict[tuple[str, ...], float]:
         """Counts by (name, labels ...), such as ("loaded", "disk") or ("missed", "damaged",

@@ -78,7 +78,7 @@ def _clear(tier: Tier, selection: Selection, seconds: float) -> int:
             verdicts[key.namespace] = selection.takes(tier.namespace_of(key))
         return verdicts[key.namespace]
 
-    keys = filter(goes, tier.scan(seconds))
+    keys = filter(goes, (each.key for each in tier.scan(seconds)))
     return sum(tier.take_out(some, seconds) for some in _batches(keys))
 
 

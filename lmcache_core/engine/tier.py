@@ -13,6 +13,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 from lmcache_core.backend import StorageBackend, SupportsReserve, SupportsScan
+from lmcache_core.backend import Stored as Scanned
 from lmcache_core.config.models import TierConfig
 from lmcache_core.engine.streams import merged
 from lmcache_core.engine.unreadable import Unreadable
@@ -466,16 +467,26 @@ class Tier:
         self._unreadable.discard(there)
         return there
 
-    def scan(self, timeout: float) -> list[ChunkKey]:
-        """The keys of all that is there or waits to be written. Raises StorageError where the
-        store cannot tell."""
+    def scan(self, timeout: float) -> list[Scanned]:
+        """All that is there or waits to be written. Raises StorageError where the store cannot
+        tell."""
         backend = self._backend
         if not isinstance(backend, SupportsScan):
             raise StorageError("cannot tell what it has")
-        waiting = list(self._writer.pending)
-        return waiting + self._work(
-            lambda transfer: [each.key for each in backend.scan(transfer)], timeout
-        )
+        there = self._work(lambda transfer: {s.key: s for s in backend.scan(transfer)}, timeout)
+        waiting = [Scanned(c.key, c.nbytes) for c in list(self._writer.pending.values())]
+        return [*there.values(), *(each for each in waiting if each.key not in there)]
+
+    def frame(self, key: ChunkKey) -> bytes:
+        """The bytes of a chunk's frame as they lie in the store. Raises StorageError where there is
+        none."""
+
+        def read(transfer: Transfer) -> bytes:
+            for _, parts in self._backend.get([key], transfer):
+                return b"".join(parts)
+            raise StorageError(f"{key} is not there")
+
+        return self._work(read, self.deadline)
 
     def namespace_of(self, key: ChunkKey) -> Namespace | None:
         """What a chunk that is here says of its namespace; None where that cannot be read."""

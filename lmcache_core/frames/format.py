@@ -94,7 +94,12 @@ class Head:
         first = parts[0]
         found = bytes(first[CHECKSUM:HEADER])
         rest = [first[HEADER:], *parts[1:]]
-        return bool(self.flags & _SUMMED) and _checksum(first[:CHECKSUM], rest) == found
+        return self.summed and _checksum(first[:CHECKSUM], rest) == found
+
+    @property
+    def summed(self) -> bool:
+        """Whether it has a checksum: what lies in memory of this host has none."""
+        return bool(self.flags & _SUMMED)
 
     @property
     def payload(self) -> int:

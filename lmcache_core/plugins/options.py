@@ -28,6 +28,11 @@ class Options(BaseModel):
         `capacity` is warned of."""
         return None
 
+    def made(self) -> bool:
+        """Whether the store is there already; false where opening it would make it, such as a
+        directory or a pool. Tools that only look then leave it alone."""
+        return True
+
     def bytes_for(self, frame: int) -> int:
         """Bytes of `capacity` that a frame of so many bytes takes."""
         return frame

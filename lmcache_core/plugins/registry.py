@@ -60,6 +60,11 @@ def described(group: Group, name: str) -> str:
     return f"{name!r} of {_distribution(_entry(group, name))}"
 
 
+def distributions(group: Group, name: str) -> str:
+    """Which distributions bring a component, for people."""
+    return " and ".join(sorted(map(_distribution, _entries(group).get(name, ()))))
+
+
 def _entry(group: Group, name: str) -> EntryPoint:
     entries = _entries(group).get(name, ())
     if len(entries) == 1:

@@ -83,6 +83,10 @@ class DiskOptions(Options):
         """The directory, links followed."""
         return os.path.realpath(self.path)
 
+    def made(self) -> bool:
+        """Whether the directory is there."""
+        return os.path.isdir(self.path)
+
     def medium_bytes(self) -> int:
         """Of the file system."""
         return file_system_bytes(self.path)

@@ -18,6 +18,7 @@ the kernel holds their file lock, so what the dead left is taken back as soon as
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import time
@@ -36,6 +37,7 @@ from lmcache_backends.shm.segment import (
     PAGE,
     Segment,
     Word,
+    path_of,
 )
 from lmcache_core.backend import (
     Buffers,
@@ -73,6 +75,10 @@ class ShmOptions(Options):
     def identity(self) -> str:
         """The pool's name."""
         return self.pool
+
+    def made(self) -> bool:
+        """Whether the pool is there."""
+        return os.path.exists(path_of(self.pool))
 
     def bytes_for(self, frame: int) -> int:
         """Whole pages."""

@@ -1,0 +1,5 @@
+"""python -m lmcache_core: the command line."""
+
+from lmcache_core.cli import main
+
+main()
