@@ -14,6 +14,7 @@ from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import host_register
 from lmcache_core.io.medium import file_system_bytes, memory_bytes
 from lmcache_core.io.owners import Owners
+from lmcache_core.io.process import tell_children
 from lmcache_core.io.threads import start_thread
 from lmcache_core.io.transfer import Transfer
 from lmcache_core.kv.keys import ChunkKey
@@ -63,6 +64,7 @@ __all__ = [
     "nbytes_of",
     "split_at",
     "start_thread",
+    "tell_children",
     "unheld",
     "unquoted",
 ]

@@ -15,6 +15,7 @@ from lmcache_core.connector.steps import Steps
 from lmcache_core.engine.load_gate import LoadGate
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import pooled_empty, record_event, side_stream
+from lmcache_core.io.process import freed_in_children
 from lmcache_core.io.threads import run_threads_on, start_thread
 from lmcache_core.kv.filling import whole
 from lmcache_core.plugins.log import LOG
@@ -33,6 +34,7 @@ __all__ = [
     "depends_on_length",
     "environment_is_set",
     "first_kept",
+    "freed_in_children",
     "go_on_without",
     "is_strict",
     "longest",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import os
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from lmcache_core.engine.prefetch import Prefetch, Prefetcher, Requests
 from lmcache_core.engine.removal import Removal, Selection
 from lmcache_core.engine.tier import Miss, Tier
 from lmcache_core.errors import ConfigError
+from lmcache_core.io import process
 from lmcache_core.io.breaker import State
 from lmcache_core.io.memory import HOST
 from lmcache_core.io.threads import start_thread
@@ -36,7 +38,7 @@ from lmcache_core.kv.namespace import Namespace
 from lmcache_core.kv.tensors import views
 from lmcache_core.plugins.blame import cause
 from lmcache_core.plugins.events import Missed, Reason, by_namespace
-from lmcache_core.plugins.log import LOG
+from lmcache_core.plugins.log import LOG, log
 from lmcache_core.plugins.observers import Observers
 from lmcache_core.plugins.options import Bounded
 from lmcache_core.plugins.registry import component
@@ -57,36 +59,81 @@ Gather = Callable[[int, Tensors], None]
 class CacheEngine:
     """Tiers of stored KV, fastest first. Thread-safe; a context manager.
 
-    No method raises for what a store does or fails to do. `pays` hears from a connector how long it
-    computes and loads; a tier from which loading does not pay is not looked into for a while,
-    unless it is memory or the config says `load: always`.
+    No method raises for what a store does or fails to do. `load_gate` hears from a connector how
+    long it computes and loads; a tier from which loading does not pay is not looked into for a
+    while, unless it is memory or the config says `load: always`.
+
+    In a forked child an engine opens its tiers anew when it is first used.
     """
 
     def __init__(self, config: Config, plugins: Sequence[object] = ()) -> None:
         """Open all tiers. Raises ConfigError where one cannot be used at all."""
         self.chunk_size = config.chunk_size
-        self._config = config
-        self._observers = Observers(plugins)
-        self._tiers: list[Tier] = []
+        self._config, self._plugins = config, plugins
         self._exact: set[object] = set()
         """Code of gathers that fill all through `copy_exact`, as far as it is known."""
-        self._requests = Requests()
-        self._prefetcher = Prefetcher(self._requests)
-        parts = self._tiers, self._observers, self._prefetcher
-        self._close = weakref.finalize(self, _close, *parts)
-        try:
-            for tier in config.tiers:
-                self._tiers.append(_open_tier(tier, self._observers, config))
-        except BaseException:
-            self._close.detach()
-            _close_now(*parts)
-            raise
-        judged = [config.load != "always" and not tier.in_memory for tier in self._tiers]
-        self.load_gate = LoadGate(judged, partial(_judged, self._tiers))
-        _ENGINES.add(self)
+        self._opening = process.freed_in_children(threading.Lock())
+        self._opened: _Opened | None = None
+        self._closed = False
+        process.tell_children(self)
+        self._opened = _Opened(config, plugins)
+        self._finalizer = weakref.finalize(self, _close, self._opened)
 
     def __repr__(self) -> str:
-        return f"<CacheEngine: {self.chunk_size} tokens a chunk, {self._tiers!r}>"
+        return f"<CacheEngine: {self.chunk_size} tokens a chunk, {self._opened!r}>"
+
+    # Of this process
+
+    def in_child(self) -> None:
+        """Let go of the parent's tiers, whose threads and connections are not here."""
+        if self._opened is not None:
+            process.keep(self._opened)
+            self._finalizer.detach()
+            self._opened = None
+
+    @property
+    def _here(self) -> _Opened:
+        """What this process has opened; a forked child does that when it first needs it."""
+        return self._opened or self._open_again()
+
+    def _open_again(self) -> _Opened:
+        with self._opening:
+            if self._opened is None:
+                self._opened = self._inherit()
+                self._finalizer = weakref.finalize(self, _close, self._opened)
+            return self._opened
+
+    def _inherit(self) -> _Opened:
+        """The same tiers, opened by this process; none where that fails, or it is too late."""
+        config = self._config.model_copy(update={"strict": False})
+        nothing = config.model_copy(update={"tiers": ()})
+        if self._closed:
+            return _Opened(nothing)
+        try:
+            opened = _Opened(config, self._plugins)
+        except BaseException as error:  # nobody who looks up or stores expects one
+            log.warning("in a forked child nothing is cached: %s", cause(error))
+            return _Opened(nothing)
+        private = [each.name for each in config.tiers if each.backend_class.locality == "process"]
+        if private:
+            log.warning(
+                "in a forked child %s begins empty, beside its parent's; shm is one for all",
+                " and ".join(private),
+            )
+        return opened
+
+    @property
+    def _tiers(self) -> list[Tier]:
+        return self._here.tiers
+
+    @property
+    def _observers(self) -> Observers:
+        return self._here.observers
+
+    @property
+    def load_gate(self) -> LoadGate:
+        """Whether loading from a tier pays; a connector tells it how long it computes and loads."""
+        return self._here.load_gate
 
     def namespace(self, **fields: Any) -> Namespace:
         """A Namespace of these fields, with what plugins add to it.
@@ -164,7 +211,7 @@ class CacheEngine:
 
     def bypassed(self, tier: int) -> bool:
         """Whether a tier is not looked into for now: it failed, or loading from it does not pay."""
-        if tier >= len(self._tiers):  # in a forked child
+        if tier >= len(self._tiers):  # in a forked child that could not open them
             return True
         return self._tiers[tier].bypassed or not self.load_gate.allows(tier)
 
@@ -216,23 +263,45 @@ class CacheEngine:
         their tensors, and neither keeps nor changes them. Chunks found in a store that is not
         memory are promoted to the tiers above it.
         """
+        opened = self._here
+        chunks = self._chunks(what, start, shared)
+        try:
+            while not opened.closed and opened is self._opened:
+                with opened.calls:
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                yield chunk
+                del chunk
+        finally:
+            if opened is self._opened:
+                chunks.close()
+            else:  # this is a forked child, and the rest the parent's
+                process.keep(chunks)
+
+    def _chunks(
+        self, what: Hit | Sequence[ChunkKey], start: int, shared: bool
+    ) -> Generator[Chunk, None, None]:
         hit = what if isinstance(what, Hit) else self.lookup(what)
         done = start
-        with self._requests:
-            try:
-                for chunk, number in self._arriving(hit, start):
-                    done += 1
-                    if not shared and (len(self._tiers) > 1 or self._tiers[number].in_memory):
-                        chunk = _own(chunk)
-                    yield chunk
-                    del chunk
-            finally:
-                for tier in self._tiers if done > start else ():
-                    tier.used(hit.keys[:done])
+        request = self._here.requests.begin()
+        try:
+            for chunk, number in self._arriving(hit, start):
+                done += 1
+                if not shared and (len(self._tiers) > 1 or self._tiers[number].keeps(chunk)):
+                    chunk = _own(chunk)
+                yield chunk
+                del chunk
+        finally:
+            request.end()
+            for tier in self._tiers if done > start else ():
+                tier.used(hit.keys[:done])
 
     def _arriving(self, hit: Hit, start: int) -> Iterator[tuple[Chunk, int]]:
         """Chunks from `start` on and their tiers, stored in the tiers above these."""
-        keys, where = hit.keys[: hit.chunks], list(hit.tiers)
+        # A Hit may be of another process, which had other tiers.
+        where = list(takewhile(lambda number: number < len(self._tiers), hit.tiers))
+        keys = hit.keys[: len(where)]
         loaded, stored = _Tally(), _Tally()
         full: set[int] = set()
         done = start
@@ -252,7 +321,7 @@ class CacheEngine:
     def prefetch(self, keys: Sequence[ChunkKey]) -> Prefetch:
         """Bring the stored prefix of `keys` into the tiers before the one that has it, in the
         background and behind the loads of requests. May be cancelled."""
-        return self._prefetcher.add(keys, self._promote)
+        return self._here.prefetcher.add(keys, self._promote)
 
     def _promote(self, keys: Sequence[ChunkKey]) -> Iterator[int]:
         """Yield the length of the prefix that the fastest tier has, as it grows."""
@@ -311,7 +380,7 @@ class CacheEngine:
             promote = number < source and number not in full and not from_memory
             if promote or (number > source and tier.lacks(chunk.key)):
                 begin = time.monotonic()
-                reason = tier.store(chunk, keys)
+                reason = self._offer(number, chunk, keys, source)
                 if reason:
                     full.add(number)
                     tier.drop([chunk.key], reason)
@@ -342,7 +411,17 @@ class CacheEngine:
         tokens = self.chunk_size if tokens is None else tokens
         if not 0 < tokens <= self.chunk_size:
             raise ValueError(f"{tokens} tokens; a chunk has 1 to {self.chunk_size}")
-        keys = tuple(keys)
+        with self._here.calls:
+            return self._store(namespace, tuple(keys), gather, start, tokens)
+
+    def _store(
+        self,
+        namespace: Namespace,
+        keys: tuple[ChunkKey, ...],
+        gather: Gather,
+        start: int,
+        tokens: int,
+    ) -> int:
         new = self._new(keys, start)
         stored = _Tally()
         taken = [0] * len(self._tiers)
@@ -355,7 +434,7 @@ class CacheEngine:
                 chunk = self._gather(namespace, keys, index, tokens, gather, first)
                 for n, tier in enumerate(self._tiers):
                     begin = time.monotonic()
-                    refused[n] = refused[n] or self._offer(tier, chunk, keys)
+                    refused[n] = refused[n] or self._offer(n, chunk, keys)
                     taken[n] += not refused[n]
                     if chunk and tier.in_memory and not refused[n]:
                         stored.add(tier, chunk, time.monotonic() - begin)
@@ -368,10 +447,16 @@ class CacheEngine:
                     tier.drop([keys[index] for index in new[count:]], reason)
         return taken[0] if taken else 0
 
-    @staticmethod
-    def _offer(tier: Tier, chunk: Chunk | None, keys: tuple[ChunkKey, ...]) -> Reason | None:
-        """Why a tier does not take a chunk; None where it does."""
-        return Reason.UNFILLED if chunk is None else tier.store(chunk, keys)
+    def _offer(
+        self, number: int, chunk: Chunk | None, keys: tuple[ChunkKey, ...], source: int = 0
+    ) -> Reason | None:
+        """Why a tier does not take a chunk; None where it does. What lies in memory of `source`
+        that others share is copied for another memory: kept there, it could never be evicted."""
+        if chunk is None:
+            return Reason.UNFILLED
+        if number != source and self._tiers[number].in_memory and self._tiers[source].lends:
+            chunk = _own(chunk)
+        return self._tiers[number].store(chunk, keys)
 
     def _gather(
         self,
@@ -387,14 +472,19 @@ class CacheEngine:
         specs = namespace.layout.tensors(tokens)
         nbytes = sum(spec.nbytes for spec in specs)
         room = HOST.allocate(nbytes) if tier is None else tier.reserve(nbytes, keys)
-        tensors = views([room], specs)
         if filling.is_whole(gather):
-            gather(index, dict(tensors))
-        elif not self._filled(gather, index, tensors):
-            name = getattr(gather, "__qualname__", type(gather).__qualname__)
+            gather(index, views([room], specs))
+            return Chunk(keys[index], namespace, index, tokens, views([room], specs))
+        name = getattr(gather, "__qualname__", type(gather).__qualname__)
+        loan = filling.Loan(room)
+        if not self._filled(gather, index, views([loan.memory], specs)):
             LOG.warn(f"unfilled {name}", f"store: {name} left a part of chunk {index} unfilled")
             return None
-        return Chunk(keys[index], namespace, index, tokens, tensors)
+        chunk = Chunk(keys[index], namespace, index, tokens, views([room], specs))
+        if loan.is_back():
+            return chunk
+        LOG.warn(f"keeps {name}", f"store: {name} keeps tensors that it was given; they are copied")
+        return _own(chunk)
 
     def _filled(self, gather: Gather, index: int, tensors: Tensors) -> bool:
         """Have `gather` fill tensors. What it leaves is found or zero, never what was there."""
@@ -455,14 +545,14 @@ class CacheEngine:
     def stats(self) -> dict[tuple[str, ...], float]:
         """Counts by (name, labels ...), such as ("loaded", "disk") or ("missed", "damaged",
         "disk"): chunks or, where the name says so, bytes or seconds. See docs/metrics.md."""
-        return self._observers.counters.snapshot()
+        return self._opened.observers.counters.snapshot() if self._opened else {}
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all that was taken is stored or dropped; False where it takes longer."""
         end = None if timeout is None else time.monotonic() + timeout
         return all(
             tier.flush(None if end is None else max(0.0, end - time.monotonic()))
-            for tier in self._tiers
+            for tier in (self._opened.tiers if self._opened else ())
         )
 
     def close(self) -> None:
@@ -471,15 +561,9 @@ class CacheEngine:
         A closed engine finds nothing and stores nothing. One that is dropped without it is closed
         then, or when the interpreter exits.
         """
-        self._close()
-
-    def _abandon(self) -> None:
-        """In a forked child: threads, locks and connections are the parent's, so touch none."""
-        self._close.detach()
-        self.load_gate = LoadGate([False] * len(self._tiers), lambda tier, state, cause: None)
-        self._tiers = []
-        self._prefetcher = Prefetcher(self._requests)
-        self._observers.abandon()
+        self._closed = True
+        if self._opened is not None:
+            self._finalizer()
 
     def __enter__(self) -> CacheEngine:
         return self
@@ -560,35 +644,84 @@ def _open_tier(config: TierConfig, observers: Observers, whole: Config) -> Tier:
     return Tier(config, kind, observers, whole.chunk_size, strict=whole.strict)
 
 
-def _judged(tiers: Sequence[Tier], number: int, state: State, cause: str) -> None:
-    tiers[number].state_changed("loads")(state, cause)
+class _Opened:
+    """What an engine has of one process: threads, connections, locks."""
+
+    def __init__(self, config: Config, plugins: Sequence[object] = ()) -> None:
+        """Raises ConfigError where a tier or a plugin cannot be used at all."""
+        self.observers = Observers(plugins)
+        self.tiers: list[Tier] = []
+        self.calls = _Calls()
+        self.requests = Requests()
+        self.prefetcher = Prefetcher(self.requests)
+        self.closed = False
+        try:
+            for tier in config.tiers:
+                self.tiers.append(_open_tier(tier, self.observers, config))
+        except BaseException:
+            self.close()
+            raise
+        judged = [config.load != "always" and not tier.in_memory for tier in self.tiers]
+        self.load_gate = LoadGate(judged, self._judged)
+
+    def __repr__(self) -> str:
+        return repr(self.tiers)
+
+    def _judged(self, number: int, state: State, cause: str) -> None:
+        self.tiers[number].state_changed("loads")(state, cause)
+
+    def close(self) -> None:
+        """Write what was promised, for up to DRAIN_SECONDS, and release everything."""
+        self.closed = True
+        self.prefetcher.close()
+        for tier in self.tiers:
+            tier.refuse()
+        end = time.monotonic() + DRAIN_SECONDS
+        for tier in self.tiers:  # they write beside each other
+            tier.drain(max(0.0, end - time.monotonic()))
+        for tier in self.tiers:
+            tier.close()
+        self.observers.close()
 
 
-def _close(tiers: list[Tier], observers: Observers, prefetcher: Prefetcher) -> None:
+class _Calls:
+    """Who copies chunks just now: threads of our callers, whom nobody else would wait for."""
+
+    def __init__(self) -> None:
+        self._threads: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"<_Calls: {len(self._threads)} threads>"
+
+    def __enter__(self) -> None:
+        self._threads.add(threading.get_ident())
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.discard(threading.get_ident())
+
+    def wait(self, seconds: float) -> None:
+        """Wait until they are through."""
+        end = time.monotonic() + seconds
+        while self._threads & sys._current_frames().keys() and time.monotonic() < end:
+            time.sleep(0.001)
+
+
+def _close(opened: _Opened) -> None:
     """Close all tiers, from whichever thread and at whichever moment.
 
     A signal's handler or a finalizer may run in the middle of a call of ours, which may hold what
     the writers wait for. Then another thread closes, and this one waits for no longer than a
     deadline; the interpreter's end waits for the rest.
     """
+    if process.ends():
+        opened.close()
+        return opened.calls.wait(process.EXIT_SECONDS)
     if not _is_inside():
-        return _close_now(tiers, observers, prefetcher)
-    thread = start_thread(partial(_close_now, tiers, observers, prefetcher), "lmcache-close")
-    thread.join(max((tier.deadline for tier in tiers), default=0.0))
+        return opened.close()
+    thread = start_thread(opened.close, "lmcache-close")
+    thread.join(max((tier.deadline for tier in opened.tiers), default=0.0))
     if thread.is_alive():
         atexit.register(thread.join, DRAIN_SECONDS)
-
-
-def _close_now(tiers: list[Tier], observers: Observers, prefetcher: Prefetcher) -> None:
-    prefetcher.close()
-    for tier in tiers:
-        tier.refuse()
-    end = time.monotonic() + DRAIN_SECONDS
-    for tier in tiers:  # they write beside each other
-        tier.drain(max(0.0, end - time.monotonic()))
-    for tier in tiers:
-        tier.close()
-    observers.close()
 
 
 _ROOMS = tuple(f"lmcache_core.{room}" for room in ("engine", "frames", "plugins", "kv", "io"))
@@ -605,17 +738,6 @@ def _is_inside() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-_ENGINES: weakref.WeakSet[CacheEngine] = weakref.WeakSet()
-
-
-def _abandon_all() -> None:
-    for engine in list(_ENGINES):
-        engine._abandon()
-
-
-os.register_at_fork(after_in_child=_abandon_all)
 
 
 def open(

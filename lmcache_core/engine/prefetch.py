@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.kv.keys import ChunkKey
@@ -14,37 +14,44 @@ GIVE_WAY_SECONDS = 1.0
 """How long a chunk that nobody waits for gives way to loads under way: one that was put aside
 does not hold it up for ever."""
 
+_LOOK_SECONDS = 0.005
+"""How often it looks whether they have ended."""
+
 Promote = Callable[[Sequence[ChunkKey]], Iterator[int]]
 
 
-class Requests:
-    """How many loads are under way that somebody waits for."""
+class Request:
+    """A load that somebody waits for, until it ends or is forgotten."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._count = 0
+        self.ended = False
+
+    def end(self) -> None:
+        """Nobody waits any more."""
+        self.ended = True
+
+
+class Requests:
+    """Which loads are under way that somebody waits for. None is counted for longer than it lives,
+    whatever interrupts it."""
+
+    def __init__(self) -> None:
+        self._begun: weakref.WeakSet[Request] = weakref.WeakSet()
 
     def __repr__(self) -> str:
-        return f"<Requests: {self._count} load>"
+        return f"<Requests: {len(self._begun)} begun>"
 
-    def __enter__(self) -> None:
-        with self._changed:
-            self._count += 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._changed:
-            self._count -= 1
-            self._changed.notify_all()
+    def begin(self) -> Request:
+        """One more."""
+        request = Request()
+        self._begun.add(request)
+        return request
 
     def give_way(self, timeout: float) -> None:
         """Wait until none is left, or for `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._count, timeout)
+        end = time.monotonic() + timeout
+        while not all(each.ended for each in list(self._begun)) and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
 
 
 class Prefetch:

@@ -22,6 +22,7 @@ from lmcache_core.errors import ConfigError, FrameError, Refused, StorageError
 from lmcache_core.frames import frame
 from lmcache_core.frames.limits import MAX_FRAME_BYTES
 from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.io import process
 from lmcache_core.io.breaker import Breaker, State
 from lmcache_core.io.buffers import Buffers, nbytes_of
 from lmcache_core.io.daemon_pool import DaemonPool
@@ -181,6 +182,15 @@ class Tier:
         return self._opened
 
     # Reading
+
+    @property
+    def lends(self) -> bool:
+        """Whether chunks may lie in memory of the store's own, which others share."""
+        return self.in_memory and isinstance(self._opened, SupportsReserve)
+
+    def keeps(self, chunk: Chunk) -> bool:
+        """Whether a chunk that was loaded from here is still used here."""
+        return self.in_memory or self._writer.pending.get(chunk.key) is chunk
 
     @property
     def bypassed(self) -> bool:
@@ -593,8 +603,9 @@ class Tier:
                 self._call(lambda transfer: backend.close())
         except Exception as error:
             self._failed(self._writes, "close", error)
+        join = process.EXIT_SECONDS if process.ends() else JOIN_SECONDS
         for threads in (self._workers, self._readers, self._encoders):
-            threads.close(max(JOIN_SECONDS, end - time.monotonic()))
+            threads.close(max(join, end - time.monotonic()))
 
 
 def _check_room(room: object, nbytes: int) -> None:

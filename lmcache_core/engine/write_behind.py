@@ -55,7 +55,8 @@ class WriteBehind:
         self._budget, self._block = budget, block
         self._jobs: deque[_Job | _Call] = deque()
         self._bytes = 0
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # whose own `with` an interrupt may lock
         self._thread: threading.Thread | None = None
         self._busy = False
         self._refuses = self._closed = False
@@ -67,7 +68,7 @@ class WriteBehind:
         """Queue a chunk of the sequence `keys`, or say why it is refused. Chunks of one sequence
         come with the same tuple: those that lie next to each other are written together. Raises
         RuntimeError where the thread cannot be had."""
-        with self._changed:
+        with self._lock:
             if self._behind_hole(keys, chunk.index):
                 return Reason.HOLE
             if self._block:
@@ -84,14 +85,14 @@ class WriteBehind:
     def call(self, work: _Call) -> None:
         """Do something else with the store, after what was taken before; or not at all, where no
         thread can be had."""
-        with self._changed, suppress(RuntimeError):
+        with self._lock, suppress(RuntimeError):
             if not self._refuses:
                 self._append(work)
 
     def cancel(self, keys: Sequence[ChunkKey], timeout: float) -> set[ChunkKey]:
         """Forget chunks that wait to be written, and wait for those that are being written; which
         were forgotten. Raises DeadlineExceeded where a store takes longer for them."""
-        with self._changed:
+        with self._lock:
             mine = self.pending.keys() & set(keys)
             if not mine:
                 return set()
@@ -125,7 +126,7 @@ class WriteBehind:
 
     def missing(self, keys: Sequence[ChunkKey]) -> None:
         """Note chunks that the store will not have."""
-        with self._changed:
+        with self._lock:
             self._remember(keys)
 
     def _behind_hole(self, keys: Sequence[ChunkKey], index: int) -> bool:
@@ -146,18 +147,22 @@ class WriteBehind:
         self._changed.notify_all()
 
     def _run(self) -> None:
+        with self._lock:
+            if self._thread not in (None, threading.current_thread()):
+                return  # who started the other was interrupted
+            self._thread = threading.current_thread()
         while (work := self._take()) is not None:
             try:
                 work()
             except BaseException as error:  # the store's are counted: this is a listener's
                 LOG.warn("writer", f"the thread that writes goes on after {error!r}")
-            with self._changed:
+            with self._lock:
                 self._busy = False
                 self._changed.notify_all()
             del work  # hold no chunk while idle
 
     def _take(self) -> _Call | None:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             if not self._jobs:
                 return None
@@ -180,7 +185,7 @@ class WriteBehind:
         return partial(self._store, chunks, first.keys)
 
     def _store(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> None:
-        with self._changed:
+        with self._lock:
             hole = self._behind_hole(keys, chunks[0].index)
         stored = 0
         try:
@@ -192,18 +197,18 @@ class WriteBehind:
             self._written(chunks, stored)
 
     def _written(self, chunks: Sequence[Chunk], stored: int) -> None:
-        with self._changed:
+        with self._lock:
             self._forget(chunk.key for chunk in chunks)
             self._remember([chunk.key for chunk in chunks[stored:]])
 
     def flush(self, timeout: float | None) -> bool:
         """Wait until all that was taken is stored or dropped; False where it takes longer."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: not self._jobs and not self._busy, timeout)
 
     def refuse(self) -> None:
         """Take no more, and let go whoever waits for room."""
-        with self._changed:
+        with self._lock:
             self._refuses = True
             self._changed.notify_all()
 
@@ -211,7 +216,7 @@ class WriteBehind:
         """Flush for at most `timeout` seconds, drop the rest, end the thread."""
         self.refuse()
         drained = self.flush(timeout)
-        with self._changed:
+        with self._lock:
             self._closed = True
             left = [job.chunk.key for job in self._jobs if isinstance(job, _Job)]
             self._jobs.clear()

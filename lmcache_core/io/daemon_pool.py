@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -19,7 +20,22 @@ from lmcache_core.io.threads import start_thread
 from lmcache_core.io.transfer import Transfer
 
 T = TypeVar("T")
-_Job = tuple["Future[Any]", Callable[[], Any]]
+
+
+class _Job:
+    """Something to do, and what comes of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._work = work
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self._work())
+        except BaseException as error:  # handed to whoever waits
+            self.future.set_exception(as_exception(error))
 
 
 class DaemonPool:
@@ -30,12 +46,17 @@ class DaemonPool:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._idle = 0
-        """Threads that no job has been promised to; below 0 jobs that wait for one."""
+        self._open: weakref.WeakSet[_Job] = weakref.WeakSet()
+        """Jobs that wait or run. One whose `submit` was interrupted is none."""
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<DaemonPool {self._name}: {len(self._threads)} threads, {max(0, self._idle)} idle>"
+
+    @property
+    def _idle(self) -> int:
+        """Threads that no job needs; below 0 jobs that wait for one."""
+        return len(self._threads) - len(self._open)
 
     def start(self) -> None:
         """Have a thread from now on: `submit` fails no more for want of one.
@@ -43,31 +64,29 @@ class DaemonPool:
         Raises RuntimeError where not one can be had.
         """
         with self._lock:
-            self._idle += self._start()
+            self._start()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """Run `work` on a thread; cancelling the future before it starts prevents it.
 
         Raises RuntimeError once closed, and where not one thread can be had.
         """
-        future: Future[T] = Future()
+        job = _Job(work)
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._name}: closed")
-            wanted = self._idle <= 0 and len(self._threads) < self._limit
-            if not (wanted and self._start()):
-                self._idle -= 1
-            self._jobs.put((future, work))
-        return future
+            if self._idle <= 0 and len(self._threads) < self._limit:
+                self._start()
+            self._open.add(job)
+            self._jobs.put(job)
+        return job.future
 
-    def _start(self) -> bool:
+    def _start(self) -> None:
         try:
             self._threads.add(start_thread(self._run, self._name))
         except RuntimeError:
             if not self._threads:
                 raise
-            return False
-        return True
 
     def call(self, work: Callable[[], T], transfer: Transfer) -> T:
         """What `work` returns or raises; DeadlineExceeded where it outlasts `transfer`."""
@@ -88,31 +107,24 @@ class DaemonPool:
         with self._lock:
             self._closed = True
             threads = list(self._threads)
-        for _ in threads:
-            self._jobs.put(None)
+        self._jobs.put(None)
         end = time.monotonic() + patience
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            _do(*job)
-            del job  # hold no buffer while idle
-            with self._lock:
-                self._idle += 1
+        me = threading.current_thread()
         with self._lock:
-            self._idle -= 1
-            self._threads.discard(threading.current_thread())
-
-
-def _do(future: Future[Any], work: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(work())
-    except BaseException as error:  # handed to whoever waits
-        future.set_exception(as_exception(error))
+            self._threads.add(me)  # who started it may have been interrupted
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            with self._lock:
+                self._open.discard(job)
+            del job  # hold no buffer while idle
+        self._jobs.put(None)  # for the next
+        with self._lock:
+            self._threads.discard(me)
 
 
 def as_exception(error: BaseException) -> Exception:

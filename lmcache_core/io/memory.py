@@ -7,11 +7,10 @@ depends on the accelerator stays in this file.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import mmap
-import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -27,20 +26,17 @@ WARM_BYTES, WARM_BUFFERS = 64 << 20, 64
 
 class HostBuffers:
     """Writable host memory by size; thread-safe. Pinned in a process that uses CUDA: in another,
-    such as a scheduler's, that alone would take some of the device's memory."""
+    such as a scheduler's, that alone would take some of the device's memory.
+
+    There is no lock. A buffer may come back in the middle of any call, this class's included, and
+    an interrupt (Ctrl-C) or a fork may come between any two lines. So each step is one call of a
+    deque's or a dict's, nothing is counted along, and who meets another is left with less to reuse.
+    """
 
     def __init__(self, keep: int = POOL_BYTES) -> None:
         self._keep = keep
-        self._empty()
-
-    def _empty(self) -> None:
-        """Begin anew; in a forked child, whose parent's threads may have been anywhere in here."""
-        self._free: dict[int, list[mmap.mmap]] = {}
+        self._free: dict[int, deque[mmap.mmap]] = {}
         """By size; those that came back last are at the end."""
-        self._free_bytes = 0
-        self._ended: deque[tuple[int, mmap.mmap]] = deque()
-        """Came back, and not yet looked at: a finalizer may run inside any allocation."""
-        self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> memoryview:
         """A buffer of `nbytes` bytes, contents undefined, owned by its views.
@@ -76,47 +72,31 @@ class HostBuffers:
     @property
     def free_bytes(self) -> int:
         """Bytes that wait for reuse."""
-        return self._free_bytes
+        return sum(size * len(self._free.get(size, ())) for size in tuple(self._free))
 
     def _take(self, size: int) -> mmap.mmap | None:
-        with self._lock:
-            over = self._settle()
-            free = self._free.get(size)
-            pages = free.pop() if free else None
-            if pages is not None:
-                self._free_bytes -= size
-        del over
-        return pages
+        with contextlib.suppress(KeyError, IndexError):
+            return self._free[size].pop()
+        return None
 
     def _give(self, size: int, pages: mmap.mmap) -> None:
         if size > self._keep:
             return
-        self._ended.append((size, pages))
-        while self._ended and self._lock.acquire(blocking=False):
-            try:
-                over = self._settle()
-            finally:
-                self._lock.release()
-            del over
+        free = self._free.pop(size, None) or deque()
+        free.append(pages)
+        self._free[size] = free
+        surplus = self.free_bytes - self._keep
+        while surplus > 0 and self._free:
+            surplus -= self._unmap_one()
 
-    def _settle(self) -> list[mmap.mmap]:
-        """Take in what came back. Returns what there is no room for, of the sizes that have not
-        come back for longest: to be unmapped without the lock."""
-        while self._ended:
-            size, pages = self._ended.popleft()
-            free = self._free.pop(size, None) or []
-            free.append(pages)
-            self._free[size] = free
-            self._free_bytes += size
-        over: list[mmap.mmap] = []
-        while self._free_bytes > self._keep:
-            size = next(iter(self._free))
-            if self._free[size]:
-                over.append(self._free[size].pop(0))
-                self._free_bytes -= size
-            else:
-                del self._free[size]
-        return over
+    def _unmap_one(self) -> int:
+        """Let go of a buffer of the size that has not come back for longest; returns its bytes."""
+        for size in tuple(self._free):
+            with contextlib.suppress(KeyError, IndexError):
+                self._free[size].popleft()
+                return size
+            self._free.pop(size, None)
+        return 0
 
 
 def _round_up(nbytes: int) -> int:
@@ -132,4 +112,3 @@ def _map(size: int) -> mmap.mmap:
 
 HOST = HostBuffers()
 """The process's pool."""
-os.register_at_fork(after_in_child=HOST._empty)

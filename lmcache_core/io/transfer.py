@@ -163,6 +163,7 @@ class Transfer:
     def end(self) -> None:
         """Nobody wants it any more: who still works for it is to stop."""
         self._over = True
+        self.pause()  # who waited may have been interrupted
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -12,8 +12,10 @@ not: three pieces of one size at least, at distances that nobody comes to by mis
 
 from __future__ import annotations
 
+import ctypes
 import secrets
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -68,6 +70,25 @@ class Filling:
     def whole(self) -> bool:
         """Whether every byte was written."""
         return not any(self._left)
+
+
+class Loan:
+    """A gather's hold on memory: what it may write to while it is called, and never after."""
+
+    def __init__(self, memory: memoryview) -> None:
+        lent = (ctypes.c_ubyte * memory.nbytes).from_buffer(memory)  # can be watched
+        self._memory = memoryview(lent).cast("B")
+        self._lent = weakref.ref(lent)
+
+    @property
+    def memory(self) -> memoryview:
+        """The same bytes."""
+        return self._memory
+
+    def is_back(self) -> bool:
+        """Whether nobody refers to them any more. Ends the loan."""
+        del self._memory
+        return self._lent() is None
 
 
 def written(out: torch.Tensor) -> None:

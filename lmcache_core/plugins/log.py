@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 
+from lmcache_core.io import process
 from lmcache_core.plugins.secrets import masked
 
 
@@ -28,7 +29,7 @@ class RateLimitedLog:
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, int]] = {}
-        self._lock = threading.RLock()
+        self._lock = process.freed_in_children(threading.RLock())
 
     def warn(self, kind: str, message: str) -> None:
         """Log `message` unless one of the same `kind` was logged just now."""

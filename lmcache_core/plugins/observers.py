@@ -61,10 +61,6 @@ class Observers:
         for listener in self._listeners:
             listener.close()
 
-    def abandon(self) -> None:
-        """In a forked child: threads and locks are the parent's, so tell nobody any more."""
-        self.counters, self._listeners = Counters(), []
-
     def _register(self, name: str, plugin: object) -> None:
         try:
             for caller in _hooks_of(name, plugin):

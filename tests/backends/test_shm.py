@@ -164,8 +164,7 @@ def check(backend: ShmBackend) -> None:
     """All that is derived must follow from the slots."""
     pool = backend._pool
     segment, words = pool._segment, pool._words
-    with pool._changing(Transfer(5.0)):
-        pool._reap()
+    pool._hold(Transfer(5.0), pool._reap, changing=True)
     live = np.flatnonzero(segment.state != FREE)
     taken = np.zeros_like(segment.taken, dtype=np.int64)
     for slot in live:
@@ -419,8 +418,9 @@ def test_views_may_die_on_any_thread_and_in_cycles(backend: ShmBackend) -> None:
     for thread in threads:
         thread.join()
     gc.collect()
+    backend._pool._leases.settle()
     assert not backend._pool._segment.leases.any()
-    assert not backend._pool._leases._counts
+    assert not backend._pool._leases._views
 
 
 # Room
@@ -481,6 +481,7 @@ def test_two_who_store_the_same_keep_one(pool: str) -> None:
     assert len(scan(two)) == 1
     del rooms, room
     check(one)
+    check(two)
     assert len(RawPool(pool).slots(WHOLE)) == 1
     assert not RawPool(pool).slots(RESERVED) + RawPool(pool).slots(GONE)
     one.close()
@@ -805,6 +806,7 @@ def test_nothing_is_changed_or_leased_without_the_lock(backend: ShmBackend, pool
     put(backend, 1)
     room = backend.reserve(5000, [key(2)], Transfer(1.0))
     parts = [memoryview(b"head"), room]
+    backend._pool._leases.settle()
 
     def shared() -> list[bytes]:
         names = ("words", "state", "owner", "taken", "index", "keys", "used", "leases")
@@ -1037,8 +1039,8 @@ def die_holding(pool: str) -> None:
     members = [opener(pool, MIB)() for _ in range(2)]
     held = [get(member, 0) for member in members]
     held += [member.reserve(MIB // 8, [key(50)], Transfer(1.0)) for member in members]
-    with members[0]._pool._changing(Transfer(1.0)):
-        os.kill(os.getpid(), signal.SIGKILL)
+    die = functools.partial(os.kill, os.getpid(), signal.SIGKILL)
+    members[0]._pool._hold(Transfer(1.0), die, changing=True)
 
 
 def test_whatever_line_a_creator_is_killed_at_the_next_makes_the_pool(pool: str) -> None:

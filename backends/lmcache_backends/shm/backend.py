@@ -18,15 +18,17 @@ the kernel holds their file lock, so what the dead left is taken back as soon as
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import struct
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Annotated, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -52,8 +54,11 @@ from lmcache_core.backend import (
     Transfer,
     file_system_bytes,
     nbytes_of,
+    start_thread,
     unheld,
 )
+
+T = TypeVar("T")
 
 FREE, RESERVED, WHOLE, GONE = range(4)
 _OPEN_SECONDS = 10.0
@@ -175,61 +180,89 @@ class ShmBackend(StorageBackend):
         self._pool.close()
 
 
+class _View(weakref.ref[np.ndarray]):
+    """Tells when the last view on a slot's bytes dies that came from one call."""
+
+    __slots__ = ("slot",)
+    slot: int
+
+
 class _Leases:
-    """The slots that this member's views keep, counted. Views die on any thread, even inside this
-    class: what ended waits in a queue until whoever holds the lock, or is the next to, takes it."""
+    """The slots that this member's views keep.
+
+    A view dies on any thread, in the middle of anything, and an interrupt (Ctrl-C) may be raised in
+    whatever Python code runs then. So none does: the queue hears of it, in C, and a thread gives
+    back what has no view left. Whoever needs the room now does the same.
+    """
 
     def __init__(self, segment: Segment, member: int) -> None:
         self._segment = segment
         self._member = member
-        self._counts: dict[int, int] = {}
-        self._ended: deque[int] = deque()
+        self._views: dict[int, list[_View]] = {}
+        self._ended: queue.SimpleQueue[_View | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self.closing = False
+        self._closing = False
+        with contextlib.suppress(RuntimeError):  # no thread can be had
+            start_thread(self._run, "lmcache-shm-leases")
+
+    def __repr__(self) -> str:
+        return f"<_Leases: member {self._member}, {len(self._views)} slots>"
 
     def view(self, slot: int, begin: int, end: int) -> memoryview:
-        """A view on these bytes of `data` that ends a lease taken before when it dies."""
+        """A view on these bytes of `data`, a lease on its slot until it dies; the pool's mutex is
+        held. There is no lease without a view, whatever ends this call."""
         array = self._segment.data[begin:end]
-        weakref.finalize(array, self._end, slot).atexit = False
+        view = _View(array, self._ended.put)
+        view.slot = slot
+        with self._lock:
+            self._views.setdefault(slot, []).append(view)
+            self._segment.leases[slot, self._member] = 1
         return array.data
 
-    def take(self, slots: Sequence[int]) -> None:
-        """Start a lease on each; the pool's mutex is held."""
-        with self._lock:
-            for slot in slots:
-                self._counts[slot] = self._counts.get(slot, 0) + 1
-                self._segment.leases[slot, self._member] = 1
-        self.settle()
-
-    def _end(self, slot: int) -> None:
-        self._ended.append(slot)
-        self.settle()
-
     def settle(self) -> None:
-        """Take what ended out of the counts; after the last, close the segment if asked to."""
-        while (self._ended or self.closing) and self._lock.acquire(blocking=False):
-            try:
-                while self._ended:
-                    self._uncount(self._ended.popleft())
-                if self.closing and not self._counts:
-                    self.closing = False
-                    self._segment.close()
-            finally:
-                self._lock.release()
-            if not self._ended:
-                return
+        """Give back what nobody looks at any more."""
+        with self._lock:
+            for slot in list(self._views):
+                self._settle(slot)
 
-    def _uncount(self, slot: int) -> None:
-        self._counts[slot] -= 1
-        if self._counts[slot]:
+    def close(self) -> None:
+        """Close the segment when nobody looks at it any more."""
+        self._closing = True
+        self._ended.put(None)
+        self.settle()
+        self._depart()
+
+    def _run(self) -> None:
+        while not self._departed():
+            ended = [self._ended.get()]
+            while not self._ended.empty():
+                ended.append(self._ended.get())
+            with self._lock:
+                for slot in {view.slot for view in ended if view}:
+                    self._settle(slot)
+            del ended
+            self._depart()
+
+    def _settle(self, slot: int) -> None:
+        """Every step may be done twice: who does it may be interrupted."""
+        views = [view for view in self._views.get(slot, ()) if view() is not None]
+        if views:
+            self._views[slot] = views
             return
-        del self._counts[slot]
         segment = self._segment
-        if not segment.usable:  # a forked child's views are its parent's to count
-            return
-        if segment.state[slot] == RESERVED:  # given up: only its owner can
-            segment.state[slot] = GONE
-        segment.leases[slot, self._member] = 0
+        if segment.usable:  # a forked child's views are its parent's to count
+            if segment.state[slot] == RESERVED:  # given up: only its owner can
+                segment.state[slot] = GONE
+            segment.leases[slot, self._member] = 0
+        self._views.pop(slot, None)
+
+    def _departed(self) -> bool:
+        return self._closing and not self._views
+
+    def _depart(self) -> None:
+        with self._lock:
+            if self._departed():
+                self._segment.close()
 
 
 class _Pool:
@@ -245,9 +278,7 @@ class _Pool:
         were not used since, the first is the oldest still, so not every eviction has to sort."""
         self.closed = False
         try:
-            with self._changing(Transfer(_OPEN_SECONDS)):
-                self._member = self._join()
-                self._sweep()
+            self._member = self._hold(Transfer(_OPEN_SECONDS), self._join, changing=True)
         except BaseException:
             self._segment.close()
             raise
@@ -258,60 +289,39 @@ class _Pool:
             if self._segment.join(member):
                 self._bury(member)
                 self._segment.members[member] = 1
+                self._sweep()
                 return member
         raise ConfigError(f"pool: {self._segment.path} has {MEMBERS} members already")
 
     def close(self) -> None:
         """Leave, as soon as nobody is within, or looks at what was read."""
         self.closed = True
-        if self._segment.mutex.acquire(blocking=False):  # else who has it leaves
-            try:
-                self._depart()
-            finally:
-                self._segment.mutex.release()
+        if not self._segment.held:  # else who has it leaves
+            self._leases.close()
 
     def ping(self, transfer: Transfer) -> None:
-        with self._locked(transfer):
-            pass
+        self._hold(transfer, lambda: None)
 
     @property
     def _words(self) -> np.ndarray:
         return self._segment.words
 
-    # The mutex
-
-    @contextmanager
-    def _locked(self, transfer: Transfer, changing: bool = False) -> Iterator[None]:
-        """Hold the mutex, with all that is derived in order."""
+    def _hold(self, transfer: Transfer, work: Callable[[], T], *, changing: bool = False) -> T:
+        """What `work` returns, done with the mutex and with all that is derived in order. An
+        exception leaves a change to be mended by the next, like death."""
         try:
-            self._segment.lock(transfer)
-        except StorageError:
-            if self.closed:
-                self.close()
-            raise
-        try:
-            if self.closed:
-                raise StorageError("closed")
-            if self._words[Word.DIRTY]:
-                self._derive()
+            with self._segment.mutex(transfer):
+                if self.closed:
+                    raise StorageError("closed")
+                if self._words[Word.DIRTY]:
+                    self._derive()
+                self._words[Word.DIRTY] = changing
+                done = work()
                 self._words[Word.DIRTY] = 0
-            if changing:
-                self._words[Word.DIRTY] = 1
-            yield
-            if changing:
-                self._words[Word.DIRTY] = 0
+                return done
         finally:
             if self.closed:
-                self._depart()
-            self._segment.unlock()
-
-    def _depart(self) -> None:
-        self._leases.closing = True
-        self._leases.settle()
-
-    def _changing(self, transfer: Transfer) -> AbstractContextManager[None]:
-        """Hold the mutex to change what is derived. An exception leaves it dirty, like death."""
-        return self._locked(transfer, changing=True)
+                self.close()
 
     # Index
 
@@ -404,25 +414,23 @@ class _Pool:
 
     def lease(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[tuple[int, Buffers]]:
         """(index into keys, frame) of those that are there, to be read for as long as one likes."""
-        segment = self._segment
-        with self._locked(transfer):
-            slots = self._find(keys)
-            there = [(i, int(slot)) for i, slot in enumerate(slots) if slot]
-            self._leases.take([slot for _, slot in there])
-            begins = segment.start[slots]
-            ends = begins + segment.nbytes[slots]
-        return [
-            (i, [self._leases.view(slot, int(begins[i]), int(ends[i])).toreadonly()])
-            for i, slot in there
-        ]
+        return self._hold(transfer, lambda: self._lease(keys))
+
+    def _lease(self, keys: Sequence[ChunkKey]) -> list[tuple[int, Buffers]]:
+        slots = self._find(keys)
+        begins = self._segment.start[slots]
+        ends = begins + self._segment.nbytes[slots]
+        places = enumerate(zip(slots.tolist(), begins.tolist(), ends.tolist(), strict=True))
+        view = self._leases.view
+        return [(i, [view(*place).toreadonly()]) for i, place in places if place[0]]
 
     def stored(self, transfer: Transfer) -> list[Stored]:
+        return self._hold(transfer, self._stored)
+
+    def _stored(self) -> list[Stored]:
         segment = self._segment
-        with self._locked(transfer):
-            slots = np.flatnonzero(segment.state[: self._high] == WHOLE)
-            return [
-                Stored(ChunkKey(self._key(int(slot))), int(segment.nbytes[slot])) for slot in slots
-            ]
+        slots = np.flatnonzero(segment.state[: self._high] == WHOLE)
+        return [Stored(ChunkKey(self._key(int(n))), int(segment.nbytes[n])) for n in slots]
 
     def touch(self, keys: Sequence[ChunkKey]) -> None:
         """Without a lock: a slot that changes hands meanwhile is a little too young."""
@@ -448,19 +456,23 @@ class _Pool:
             return None
         step = 1 << max(0, pages.bit_length() - 5)  # near sizes fit into each other's place
         pages = min(-(-pages // step) * step, int(self._words[Word.PAGES]))
-        with self._changing(transfer):
-            first = self._run(pages)
-            if first is None:
-                first = self._make_room(pages, prefix, transfer.evicted)
-            slot = self._free_slot(prefix, transfer.evicted)
-            if first is None or slot is None:
-                return None
-            self._occupy(slot, first, pages)
-            begin = first * PAGE + head
-            self._segment.start[slot] = begin
-            self._segment.nbytes[slot] = nbytes
-            self._leases.take([slot])
+        room = partial(self._reserve, pages, nbytes, head, prefix, transfer.evicted)
+        return self._hold(transfer, room, changing=True)
+
+    def _reserve(
+        self, pages: int, nbytes: int, head: int, prefix: Sequence[ChunkKey], evicted: list[bytes]
+    ) -> tuple[int, memoryview] | None:
+        first = self._run(pages)
+        if first is None:
+            first = self._make_room(pages, prefix, evicted)
+        slot = self._free_slot(prefix, evicted)
+        if first is None or slot is None:
+            return None
+        begin = first * PAGE + head
         view = self._leases.view(slot, begin, begin + nbytes)
+        self._occupy(slot, first, pages)
+        self._segment.start[slot] = begin
+        self._segment.nbytes[slot] = nbytes
         if head:
             self._rooms[begin] = slot
         return slot, view
@@ -498,22 +510,27 @@ class _Pool:
 
     def publish(self, slot: int, key: ChunkKey, transfer: Transfer) -> None:
         """Show a filled slot, unless another process was faster."""
+        self._hold(transfer, lambda: self._publish(slot, key), changing=True)
+
+    def _publish(self, slot: int, key: ChunkKey) -> None:
         segment = self._segment
-        with self._changing(transfer):
-            if self._slot(key):
-                return
-            at = segment.at["keys"] + slot * _KEY
-            segment.memory[at : at + _KEY] = key
-            segment.used[slot] = time.monotonic_ns()
-            segment.state[slot] = WHOLE
-            if not self._enter(slot):
-                segment.state[slot] = GONE
+        if self._slot(key):
+            return
+        at = segment.at["keys"] + slot * _KEY
+        segment.memory[at : at + _KEY] = key
+        segment.used[slot] = time.monotonic_ns()
+        segment.state[slot] = WHOLE
+        if not self._enter(slot):
+            segment.state[slot] = GONE
 
     def delete(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
-        with self._changing(transfer):
-            for slot in {int(slot) for slot in self._find(keys) if slot}:
-                self._remove(slot)
-            self._sweep()
+        self._hold(transfer, lambda: self._delete(keys), changing=True)
+
+    def _delete(self, keys: Sequence[ChunkKey]) -> None:
+        self._leases.settle()
+        for slot in {int(slot) for slot in self._find(keys) if slot}:
+            self._remove(slot)
+        self._sweep()
 
     # Room
 
@@ -537,6 +554,7 @@ class _Pool:
     def _free_slot(self, prefix: Sequence[ChunkKey], evicted: list[bytes]) -> int | None:
         slot = self._unused_slot()
         if slot is None and len(prefix) < self._words[Word.SLOTS]:
+            self._leases.settle()
             oldest = self._oldest(prefix)
             if oldest:
                 self._evict(oldest, evicted)
@@ -653,7 +671,8 @@ class _Pool:
         return self._segment.memory[at : at + MEMBERS] != _NOBODY
 
     def _reap(self) -> None:
-        """Take back what dead members held."""
+        """Take back what dead members held, and what of ours nobody looks at."""
+        self._leases.settle()
         for member in np.flatnonzero(self._segment.members):
             if member != self._member and not self._segment.lives(int(member)):
                 self._bury(int(member))

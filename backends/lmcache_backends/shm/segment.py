@@ -10,8 +10,11 @@ Two kinds of kernel lock, which a dying process releases wherever it is:
     flock on the file           the mutex, held for microseconds
     byte n of the file (OFD)    held for as long as member n lives
 
-Both belong to a descriptor opened for them alone: a forked child inherits mappings, which would
-keep the description of a mapped file, and its locks, alive. The child closes its copy at once.
+Both belong to descriptors opened for them alone: a forked child inherits mappings, which would keep
+the description of a mapped file, and its locks, alive. The child closes its copies at once.
+
+Who wants the mutex opens the file for it, so that threads exclude each other as processes do, and
+whatever ends its holder's call, an interrupt (Ctrl-C) between any two lines included, closes it.
 """
 
 from __future__ import annotations
@@ -20,11 +23,11 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import io
 import math
 import mmap
 import os
 import struct
-import threading
 import time
 import weakref
 from functools import partial
@@ -41,6 +44,7 @@ from lmcache_core.backend import (
     Transfer,
     host_register,
     start_thread,
+    tell_children,
 )
 
 DIRECTORY = "/dev/shm"
@@ -105,9 +109,10 @@ class Segment:
         self._pid = os.getpid()
         self.at: dict[str, int] = {}
         """Where each column begins, in `memory`."""
-        self.mutex = threading.Lock()
+        self.holders: weakref.WeakSet[Mutex] = weakref.WeakSet()
+        """Of this process: who has the mutex, or tries to."""
         self._fd = _open_locked(self.path)
-        _OPEN.add(self)
+        tell_children(self)
         try:
             _create_or_check(self._fd, self.path, capacity)
             self._map()
@@ -158,6 +163,12 @@ class Segment:
         if not status.st_nlink:
             raise StorageError(f"{self.path} was deleted")
 
+    def in_child(self) -> None:
+        """Let go of the parent's locks."""
+        for mutex in list(self.holders):
+            mutex.close()
+        self.close()
+
     @property
     def usable(self) -> bool:
         """Whether the mapping may be touched by what was opened here."""
@@ -165,28 +176,32 @@ class Segment:
             return False
         return os.fstat(self._fd).st_size >= self.whole.nbytes
 
-    def lock(self, transfer: Transfer) -> None:
-        """Take the mutex. Raises DeadlineExceeded where another holds it until `transfer` ends."""
-        if not self.mutex.acquire(timeout=max(transfer.remaining(), 0.0)):
-            raise DeadlineExceeded(f"a thread holds the lock for {transfer.timeout:.3g} s")
+    def mutex(self, transfer: Transfer) -> Mutex:
+        """The mutex, for `with`. Raises DeadlineExceeded where another has it until `transfer`
+        ends."""
+        self.check()
+        mutex = Mutex(self.path, "rb")
         try:
-            self.check()
-            waits = Backoff(*_LOCK_SECONDS)
-            while not _has_locked(self._fd):
-                if transfer.remaining() <= 0:
-                    raise DeadlineExceeded(f"a process holds the lock for {transfer.timeout:.3g} s")
-                time.sleep(waits.next())
+            self.holders.add(mutex)
+            self._lock(mutex.fileno(), transfer)
         except BaseException:
-            self.mutex.release()
+            mutex.close()
             raise
+        return mutex
 
-    def unlock(self) -> None:
-        """Give the mutex back."""
-        try:
-            if self._fd >= 0:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)
-        finally:
-            self.mutex.release()
+    def _lock(self, fd: int, transfer: Transfer) -> None:
+        if not os.path.sameopenfile(fd, self._fd):
+            raise StorageError(f"{self.path} was deleted")
+        waits = Backoff(*_LOCK_SECONDS)
+        while not _has_locked(fd):
+            if transfer.remaining() <= 0:
+                raise DeadlineExceeded(f"another holds the lock for {transfer.timeout:.3g} s")
+            time.sleep(waits.next())
+
+    @property
+    def held(self) -> bool:
+        """Whether this process has the mutex, or tries to."""
+        return not all(mutex.closed for mutex in list(self.holders))
 
     def join(self, member: int) -> bool:
         """Become this member for as long as the descriptor is open, unless another is."""
@@ -203,14 +218,18 @@ class Segment:
         return _is_held(self._fd, member)
 
     def close(self) -> None:
-        """Give up both locks. The mapping goes with the last view on it, of which none is ours."""
-        _OPEN.discard(self)
+        """Leave. The mapping goes with the last view on it, of which none is ours."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
         for name in [name for name, value in vars(self).items() if isinstance(value, np.ndarray)]:
             delattr(self, name)
         vars(self).pop("memory", None)
+
+
+class Mutex(io.FileIO):
+    """A descriptor of the pool's file that has its lock until it is closed. `with` a FileIO is
+    entered and left in C, where no interrupt is raised."""
 
 
 def path_of(pool: str) -> str:
@@ -366,14 +385,3 @@ def _range(kind: int, member: int) -> bytes:
 def _is_held(fd: int, member: int) -> bool:
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _range(fcntl.F_WRLCK, member))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
-
-
-_OPEN: weakref.WeakSet[Segment] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    for segment in list(_OPEN):
-        segment.close()
-
-
-os.register_at_fork(after_in_child=_close_all)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_connectors.transformers.walk import Walk
 from lmcache_core import NoContent, tensor_digests
+from lmcache_core.connector import freed_in_children
 
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 """Kernels of attention that torch may choose of."""
@@ -40,7 +41,7 @@ class Observer:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._walk: Walk | None = None
-        self._lock = threading.Lock()
+        self._lock = freed_in_children(threading.Lock())
 
     def __repr__(self) -> str:
         return f"Observer({self._walk})"

@@ -23,7 +23,7 @@ from lmcache_core import (
     TensorsToTensors,
     TierConfig,
 )
-from lmcache_core.connector import read_config
+from lmcache_core.connector import freed_in_children, read_config
 
 
 class Cache:
@@ -36,7 +36,7 @@ class Cache:
         self.counts: defaultdict[str, float] = defaultdict(float)
         """What the connector counts itself; see `stats.py`."""
         self._told: dict[tuple[str, ...], float] = {}
-        self._lock = threading.Lock()
+        self._lock = freed_in_children(threading.Lock())
 
     @property
     def looked_at(self) -> str:
@@ -76,7 +76,7 @@ class _Caches:
     def __init__(self) -> None:
         self._used: list[Cache] = []
         """Each as often as it has users."""
-        self._lock = threading.Lock()
+        self._lock = freed_in_children(threading.Lock())
 
     def acquire(self, config: Config) -> Cache:
         with self._lock:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import mmap
-import os
 import random
 import subprocess
 import sys
@@ -757,24 +756,6 @@ def test_loads_that_nobody_finishes_are_collected_in_peace(
         finally:
             gc.set_threshold(*threshold)
         assert loaded(cache, keys, is_right) == 6
-
-
-def test_a_forked_child_neither_hangs_nor_writes(
-    namespace: Namespace, gather: Gather, is_right: IsRight, tmp_path: Path
-) -> None:
-    keys = sequence(namespace, 3)
-    with opened(memory(), disk(tmp_path)) as cache:
-        cache.store(namespace, keys, gather)
-        with cache.load_gate._lock:  # as some thread of the parent's may
-            child = os.fork()
-        if child == 0:  # the parent's threads and connections are not here
-            nothing = cache.lookup(keys).chunks == 0 and cache.store(namespace, keys, gather) == 0
-            nothing = nothing and cache.bypassed(1) and cache.tiers == ()
-            cache.load_gate.record_load(1, 10, cache.load_gate.end(cache.load_gate.begin()))
-            cache.close()
-            os._exit(0 if nothing else 1)
-        assert os.waitpid(child, 0)[1] == 0
-        assert loaded(cache, keys, is_right) == 3
 
 
 # Bad calls

@@ -3,16 +3,20 @@ given is nobody else's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import lmcache_core
 from lmcache_core import (
     CacheEngine,
+    Chunk,
     KVLayout,
     LayerGroup,
     Namespace,
@@ -22,6 +26,8 @@ from lmcache_core import (
 )
 from lmcache_core.connector import LOG, whole
 from lmcache_core.engine import engine
+from lmcache_core.engine.write_behind import WriteBehind
+from lmcache_core.io.memory import HostBuffers
 from lmcache_core.kv import filling
 
 TOKENS = 16
@@ -49,15 +55,14 @@ def namespace() -> Namespace:
 def _used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer was another request's."""
     LOG._seen.clear()
-    views = engine.views
+    allocate = HostBuffers.allocate
 
-    def used(parts: Any, specs: Any) -> dict[str, torch.Tensor]:
-        tensors = views(parts, specs)
-        for tensor in tensors.values():
-            tensor.fill_(SECRET)
-        return tensors
+    def used(pool: HostBuffers, nbytes: int) -> memoryview:
+        buffer = allocate(pool, nbytes)
+        np.frombuffer(buffer, np.float32)[:] = SECRET  # as half of all bfloat16 too
+        return buffer
 
-    monkeypatch.setattr(engine, "views", used)
+    monkeypatch.setattr(HostBuffers, "allocate", used)
 
 
 def stored(cache: CacheEngine, gather: Gather, chunks: int = 2, seed: int = 0) -> list[Tensors]:
@@ -190,23 +195,87 @@ def test_other_tensors_put_in_place_of_those_given_are_not_stored() -> None:
         assert stored(cache, gather) == []
 
 
-@pytest.mark.parametrize("memory_first", [True, False])
+KINDS = [
+    "local_cpu",
+    "shm",
+    "disk",
+    "local_cpu disk",
+    "disk local_cpu",
+    "shm disk",
+    "shm local_cpu",
+]
+
+
+@pytest.fixture(params=KINDS)
+def cache(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CacheEngine]:
+    pool = f"given-{os.getpid()}"
+    options = {"shm": {"pool": pool}, "disk": {"path": str(tmp_path)}, "local_cpu": {}}
+    tiers = [{"backend": n, "capacity": "8MiB", **options[n]} for n in request.param.split()]
+    with opened(*tiers) as cache:
+        yield cache
+    Path(f"/dev/shm/lmcache-{os.getuid()}-{pool}").unlink(missing_ok=True)
+
+
+def scribble(tensors: Tensors) -> None:
+    for tensor in tensors.values():
+        tensor.fill_(SECRET)
+
+
 def test_what_a_caller_does_to_what_it_was_given_changes_nothing_for_the_next(
-    tmp_path: Path, memory_first: bool
+    cache: CacheEngine,
 ) -> None:
-    memory = {"backend": "local_cpu", "capacity": "8MiB"}
+    name = namespace()
+    keys = name.keys(range(TOKENS * 4), TOKENS)
+    given: list[Tensors] = []
+
+    def gather(index: int, out: Tensors) -> None:
+        by_fill(index, out)
+        given.append(dict(out))
+        part = next(iter(out.values()))[0, :, 1:]
+        given.append({"a part": part})
+
+    cache.store(name, keys, gather)
+    for tensors in given:
+        scribble(tensors)
+    for _ in range(3):  # from the queue, from the store, from where it was promoted to
+        chunks = list(cache.load(keys))
+        assert len(chunks) == 4
+        for chunk in chunks:
+            assert all((tensor == 1).all() for tensor in chunk.tensors.values())
+            scribble(chunk.tensors)
+        assert cache.flush(10)
+
+
+def test_what_is_in_the_queue_is_not_handed_out(tmp_path: Path, monkeypatch: Any) -> None:
+    write, go = WriteBehind._store, threading.Event()
+    monkeypatch.setattr(WriteBehind, "_store", lambda *args: (go.wait(30), write(*args)))
     disk = {"backend": "disk", "path": str(tmp_path), "capacity": "8MiB"}
     name = namespace()
     keys = name.keys(range(TOKENS * 2), TOKENS)
     with opened(disk) as cache:
         cache.store(name, keys, by_fill)
-        cache.flush(10)
-    with opened(*([memory, disk] if memory_first else [disk])) as cache:
-        for _ in range(3):  # from the disk, promoted; from memory
-            chunks = list(cache.load(keys))
-            assert len(chunks) == 2
-            for chunk in chunks:
-                for tensor in chunk.tensors.values():
-                    assert (tensor == 1).all()
-                    tensor.fill_(5)
-            cache.flush(10)
+        for chunk in cache.load(keys):
+            scribble(chunk.tensors)
+        go.set()
+        assert cache.flush(10)
+        found = [chunk.tensors for chunk in cache.load(keys)]
+        assert len(found) == 2
+        assert all((tensor == 1).all() for tensors in found for tensor in tensors.values())
+
+
+def test_a_gather_that_keeps_what_it_was_given_is_told_and_others_cost_no_copy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    copies: list[Chunk] = []
+    own = engine._own
+    monkeypatch.setattr(engine, "_own", lambda chunk: (copies.append(chunk), own(chunk))[1])
+    kept: list[Tensors] = []
+    with opened() as cache:
+        keys = namespace().keys(range(TOKENS * 2), TOKENS)
+        for gather in (by_copy_exact, by_fill, by_numpy, by_other_order):
+            cache.store(namespace(), keys, gather)
+        assert not copies
+        keys = namespace().keys(range(1, TOKENS * 2 + 1), TOKENS)
+        cache.store(namespace(), keys, lambda index, out: (by_fill(index, out), kept.append(out)))
+    assert len(copies) == 2
+    assert "keeps tensors that it was given; they are copied" in caplog.text

@@ -8,16 +8,14 @@ import mmap
 import os
 import random
 import resource
-import signal
 import sys
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from lmcache_core.io.memory import HOST, WARM_BUFFERS, WARM_BYTES, HostBuffers
+from lmcache_core.io.memory import WARM_BUFFERS, WARM_BYTES, HostBuffers
 
 MIB = 1 << 20
 
@@ -125,28 +123,6 @@ def test_buffers_may_die_inside_the_pool_itself() -> None:
     assert not lost
     assert pool.free_bytes <= 64 * 4096
     assert sum(size * len(free) for size, free in pool._free.items()) == pool.free_bytes
-
-
-def test_a_child_that_is_forked_while_the_pool_is_in_use_has_one_of_its_own() -> None:
-    buffer, held, go = HOST.allocate(MIB), threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with HOST._lock:
-            held.set()
-            go.wait(30)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    held.wait(30)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        del buffer
-        HOST.allocate(MIB)[:] = bytes(MIB)
-        os._exit(0)
-    go.set()
-    holder.join()
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_forked_child_does_not_write_into_its_parents_buffers() -> None:
