@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from lmcache_core.backend import StorageBackend, SupportsReserve, SupportsScan
 from lmcache_core.backend import Stored as Scanned
 from lmcache_core.config.models import TierConfig
+from lmcache_core.engine import contract
 from lmcache_core.engine.streams import merged
 from lmcache_core.engine.unreadable import Unreadable
 from lmcache_core.engine.write_behind import WriteBehind
@@ -121,6 +122,8 @@ class Tier:
         block = config.when_full == "block"
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
         self._opened: StorageBackend | None = None
+        self.lends = False
+        """Whether chunks may lie in memory of the store's own, which others share."""
         self._opening = threading.Lock()
         self._closed = False
         try:
@@ -163,13 +166,15 @@ class Tier:
 
     def _make(self) -> StorageBackend:
         try:
-            return self._kind(self._config.options)
+            return contract.backend_made(self._kind(self._config.options))
         except StorageError:
             raise
         except BaseException as error:  # a plugin's may be any, SystemExit included
+            log.debug("tier %s: open: %s", self.name, blame.culprit(error, self._kind, "__init__"))
             raise ConfigError(blame.cause(error)) from error
 
     def _adopt(self, backend: StorageBackend) -> None:
+        self.lends = self.in_memory and isinstance(backend, SupportsReserve)
         self._opened = backend
         if self._closed:  # while it was made
             backend.close()
@@ -182,11 +187,6 @@ class Tier:
         return self._opened
 
     # Reading
-
-    @property
-    def lends(self) -> bool:
-        """Whether chunks may lie in memory of the store's own, which others share."""
-        return self.in_memory and isinstance(self._opened, SupportsReserve)
 
     def keeps(self, chunk: Chunk) -> bool:
         """Whether a chunk that was loaded from here is still used here."""
@@ -231,10 +231,7 @@ class Tier:
         return Found(present)
 
     def _look(self, keys: Sequence[ChunkKey], transfer: Transfer) -> list[bool]:
-        found = [bool(there) for there in self._backend.contains(keys, transfer)]
-        if len(found) != len(keys):
-            raise StorageError(f"{len(found)} answers to {len(keys)} keys")
-        return found
+        return contract.found(self._backend.contains(keys, transfer), len(keys))
 
     def fetch(self, keys: Sequence[ChunkKey]) -> Generator[_Arrival, None, None]:
         """Yield (index into keys, chunk or why not) as chunks arrive, each index once."""
@@ -272,8 +269,9 @@ class Tier:
 
     def _arrivals(self, wanted: Sequence[_Wanted]) -> Iterator[_Arrival]:
         if self.in_memory:
-            return self._read(wanted, Transfer(self.deadline, limit=MAX_FRAME_BYTES))
-        streams = min(self._backend.streams, len(wanted))
+            transfer = Transfer(self.deadline, limit=MAX_FRAME_BYTES)
+            return contract.failing(self._read(wanted, transfer))
+        streams = min(contract.streams(self._backend.streams), len(wanted))
         transfer = self._transfer()
         parts = [self._read(wanted[n::streams], transfer) for n in range(streams)]
         return merged(parts, self._readers, transfer)
@@ -283,7 +281,9 @@ class Tier:
     ) -> Generator[_Arrival, None, None]:
         """Frames of one stream, decoded."""
         keys = [key for _, key in wanted]
-        for index, parts in self._backend.get(keys, transfer):
+        for frame_read in self._backend.get(keys, transfer):
+            index, parts = contract.read(frame_read, len(keys))
+            del frame_read
             nbytes = nbytes_of(parts)
             transfer.arrived(nbytes)
             i, key = wanted[index]
@@ -343,8 +343,8 @@ class Tier:
         try:
             backend = self._backend
             if isinstance(backend, SupportsReserve):
-                room = self._call(lambda transfer: backend.reserve(nbytes, keys, transfer))
-                _check_room(room, nbytes)
+                given = self._call(lambda transfer: backend.reserve(nbytes, keys, transfer))
+                room = contract.room(given, nbytes)
         except Exception as error:
             self._failed(self._writes, "store", error)
             room = None
@@ -361,7 +361,8 @@ class Tier:
                 return self._writer.add(chunk, keys)
             if self._writes.bypassed:
                 return Reason.BYPASSED
-            frames = [(chunk.key, frame.encode(chunk, self._pipeline, checksum=False))]
+            encode = partial(frame.encode, chunk, self._pipeline, checksum=False)
+            frames = [(chunk.key, _on_this_thread(encode))]
             stored = self._call(lambda transfer: self._replace(frames, keys, transfer))
         except Exception as error:
             return self._failed(self._writes, "store", error)
@@ -452,7 +453,7 @@ class Tier:
     ) -> int:
         """Put frames, also where others lie that cannot be read."""
         self._remove(self._unreadable.among([key for key, _ in frames]), transfer)
-        return self._backend.put(frames, prefix, transfer)
+        return contract.stored(self._backend.put(frames, prefix, transfer), len(frames))
 
     # Removing
 
@@ -483,7 +484,12 @@ class Tier:
         backend = self._backend
         if not isinstance(backend, SupportsScan):
             raise StorageError("cannot tell what it has")
-        there = self._work(lambda transfer: {s.key: s for s in backend.scan(transfer)}, timeout)
+
+        def scan(transfer: Transfer) -> dict[ChunkKey, Scanned]:
+            stored = map(contract.scanned, backend.scan(transfer))
+            return {each.key: each for each in stored}
+
+        there = self._work(scan, timeout)
         waiting = [Scanned(c.key, c.nbytes) for c in list(self._writer.pending.values())]
         return [*there.values(), *(each for each in waiting if each.key not in there)]
 
@@ -492,8 +498,8 @@ class Tier:
         none."""
 
         def read(transfer: Transfer) -> bytes:
-            for _, parts in self._backend.get([key], transfer):
-                return b"".join(parts)
+            for got in self._backend.get([key], transfer):
+                return b"".join(contract.read(got, 1)[1])
             raise StorageError(f"{key} is not there")
 
         return self._work(read, self.deadline)
@@ -505,8 +511,8 @@ class Tier:
             return waits.namespace
 
         def read(transfer: Transfer) -> Namespace | None:
-            for _, parts in self._backend.get([key], transfer):
-                return frame.namespace(parts, key)
+            for got in self._backend.get([key], transfer):
+                return frame.namespace(contract.read(got, 1)[1], key)
             return None
 
         try:
@@ -545,7 +551,7 @@ class Tier:
         transfer = Transfer(seconds, limit=MAX_FRAME_BYTES)
         try:
             if self.in_memory:
-                return work(transfer)
+                return _on_this_thread(lambda: work(transfer))
             return self._workers.call(lambda: work(transfer), transfer)
         finally:
             self._evicted(transfer)
@@ -554,13 +560,17 @@ class Tier:
         """Log and count a failure; returns the reason to count its chunks under."""
         reason = Reason.DEADLINE if isinstance(error, TimeoutError) else Reason.ERROR
         cause = blame.cause(error)
-        log.debug("tier %s: %s: %s", self.name, operation, blame.culprit(error, self._opened))
+        log.debug("tier %s: %s: %s", self.name, operation, self._culprit(error))
         kind = f"{self.name} {operation} {type(error).__name__}"
         LOG.warn(kind, f"tier {self.name}: {operation} failed: {cause}")
         event = Failed(tier=self.name, operation=operation, reason=reason, cause=cause)
         self._observers.tell(event)
         breaker.failed(f"{operation}: {cause}", at_once=reason == Reason.DEADLINE)
         return reason
+
+    def _culprit(self, error: Exception) -> str:
+        method = error.method if isinstance(error, contract.BrokenContractError) else ""
+        return blame.culprit(error, self._kind if self._opened is None else self._opened, method)
 
     def ping(self) -> None:
         """Return if the store answers; else raise what it raises, or DeadlineExceeded."""
@@ -608,8 +618,9 @@ class Tier:
             threads.close(max(join, end - time.monotonic()))
 
 
-def _check_room(room: object, nbytes: int) -> None:
-    if room is None:
-        return
-    if not isinstance(room, memoryview) or room.nbytes != nbytes or room.readonly:
-        raise StorageError(f"reserved what is not {nbytes} writable bytes")
+def _on_this_thread(work: Callable[[], T]) -> T:
+    """What `work` returns, where no thread of ours is between somebody's code and the engine."""
+    try:
+        return work()
+    except BaseException as error:
+        raise contract.failure(error) from None

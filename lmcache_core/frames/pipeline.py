@@ -13,6 +13,7 @@ from lmcache_core.io.buffers import Buffers
 from lmcache_core.io.device import to_host
 from lmcache_core.io.memory import HOST
 from lmcache_core.kv.layout import Tensors
+from lmcache_core.plugins.blame import cause
 from lmcache_core.plugins.registry import component, reloaded
 from lmcache_core.serde import BytesToBytes, ChunkInfo, Serde, TensorsToBytes, TensorsToTensors
 
@@ -91,8 +92,8 @@ class Pipeline:
             raise
         except BaseException as error:  # a plugin's import may raise anything
             names = ", ".join(name for name, _ in steps)
-            cause = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-            raise FrameError(f"[{names}] is not read here: {cause}", "unreadable") from error
+            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else cause(error)
+            raise FrameError(f"[{names}] is not read here: {why}", "unreadable") from error
 
     def decode(self, payload: Buffers, header: Header, info: ChunkInfo, context: bytes) -> Tensors:
         """The chunk's tensors. Raises FrameError for a payload that this pipeline did not make."""
@@ -109,7 +110,8 @@ class Pipeline:
         except (KeyboardInterrupt, FrameError):
             raise
         except BaseException as error:  # a payload may be anything, and so may what a serde raises
-            raise FrameError(f"payload does not decode: {error!r}") from error
+            kind = type(error).__name__
+            raise FrameError(f"payload does not decode: {kind}: {cause(error)}") from error
         return tensors
 
 

@@ -132,4 +132,8 @@ def as_exception(error: BaseException) -> Exception:
     Rust's or a SystemExit is a failure like others there."""
     if isinstance(error, Exception):
         return error
-    return StorageError(f"{type(error).__name__}: {error}")
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except BaseException:  # its author's mistake, too
+        text = f"{type(error).__name__} without a text"
+    return StorageError(text).with_traceback(error.__traceback__)

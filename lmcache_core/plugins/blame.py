@@ -6,6 +6,7 @@ Plugins, stores and their clients raise anything, also what fails when it is ask
 from __future__ import annotations
 
 import inspect
+import signal
 import traceback
 from types import FunctionType, MethodType
 from typing import Any
@@ -43,6 +44,16 @@ def culprit(error: BaseException, component: object, method: str = "") -> str:
     except BaseException:  # without a file, as what is built in
         return name
     return f"{name} ({file}:{line})"
+
+
+def is_the_process_own(error: BaseException) -> bool:
+    """Whether an exception that came out of somebody else's code, on a thread of an engine's, is
+    none of that code's: Ctrl-C, or what a signal's handler raised in the middle of it."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    handlers = {getattr(signal.getsignal(n), "__code__", None) for n in signal.valid_signals()}
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code in handlers for frame, _ in frames)
 
 
 def _definition(thing: Any) -> tuple[str, int]:
