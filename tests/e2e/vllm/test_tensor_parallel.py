@@ -44,12 +44,18 @@ def loads(worker):
     from vllm.distributed.kv_transfer import get_kv_transfer_group
     return [tokens for tier, tokens, seconds in get_kv_transfer_group()._worker.told]
 
+def move(worker, by):
+    if worker.rank == 1:
+        worker.get_model().model.layers[1].input_layernorm.weight.data[-1] += by
+
 settings, prompt = json.loads(sys.argv[1])
 llm = LLM(**settings)
 sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False)
 llm.collective_rpc(watch)
 answers = []
-for _ in range(2):
+for by in (None, None, 0.5, -0.5):
+    if by:
+        llm.collective_rpc(move, args=(by,))
     out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0]
     answers.append([out.num_cached_tokens, list(out.outputs[0].token_ids)])
     assert llm.reset_prefix_cache()
@@ -100,14 +106,15 @@ def test_two_ranks(llama: Path, tmp_path: Path, pool: dict[str, Any]) -> None:
         ours = [where for thread, where in rank.items() if thread.startswith("lmcache-")]
         assert ours
         assert all(where == sorted(os.sched_getaffinity(0)) for where in ours)
-    (cold, tokens), (reused, again) = said_all
-    assert (cold, reused) == (0, REUSED)
-    assert again == tokens
-    assert booked == [[REUSED], []]  # one load, which both took part in
-    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 2  # of each rank
+    (cold, tokens), warm, moved, back = said_all
+    assert (cold, warm) == (0, [REUSED, tokens])
+    assert moved[0] == 0  # what one rank holds is part of what all of them compute
+    assert back == warm
+    assert booked == [[REUSED] * 2, []]  # loads in which both took part
+    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 4  # of each rank, of both weights
     with engine(llama, extra) as llm:  # one rank, with all heads
         assert answers(llm, IDS) == [(tokens, 0)]
-    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 3
+    assert sorted(chunks(pool).values()) == [400 // BLOCK] * 5
 
 
 def chunks(pool: dict[str, Any]) -> Counter[bytes]:
