@@ -57,6 +57,12 @@ def homes(function: types.FunctionType) -> tuple[str | None, str | None]:
     return function.__module__, function.__globals__.get("__name__")
 
 
+def home_of(kind: type) -> str:
+    """The module of a class. Some that are made in C have something else under its name."""
+    module = kind.__module__
+    return module if isinstance(module, str) else "builtins"
+
+
 def is_frame(module: str | None) -> bool:
     """Whether code loads, drives and trains models rather than computing what they do."""
     return (module or "").startswith(_FRAME)

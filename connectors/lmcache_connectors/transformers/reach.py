@@ -18,6 +18,7 @@ from transformers.utils.generic import GeneralInterface
 
 from lmcache_connectors.transformers.code import (
     code_token,
+    home_of,
     homes,
     is_foreign,
     is_frame,
@@ -71,7 +72,10 @@ def function_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
     """Code, defaults, closure, attributes, and what the code names."""
     guards = walk.guards
     yield f"{function.__module__} {code_token(guards.attribute(function, '__code__'))}"
-    if all(map(is_library, homes(function))):
+    said, real = homes(function)
+    if is_library(real):
+        yield from _put_in_parts(function, walk)
+    if is_library(said) and is_library(real):
         yield from _wrapped_parts(function, walk)
         return
     yield walk.token(guards.attribute(function, "__defaults__"))
@@ -80,7 +84,8 @@ def function_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
         yield walk.token(guards.attribute(cell, "cell_contents"))
     attributes = [each for each in guards.state(function) if not each[0].startswith("_torchdynamo")]
     yield from walk.pairs(attributes)
-    yield from _named_parts(function, walk)
+    if not is_library(real):
+        yield from _named_parts(function, walk)
 
 
 def _wrapped_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
@@ -89,6 +94,31 @@ def _wrapped_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
     for value in (*cells, walk.guards.slot(function.__dict__, "__wrapped__")):
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             yield walk.token(value)
+
+
+def _put_in_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
+    """Functions that somebody put in place of what a library's code names; torch.nn's own are
+    followed, for most of it only calls others."""
+    names = named(function.__code__).names
+    for name in sorted(names):
+        value = walk.guards.slot(function.__globals__, name)
+        for found in _functions(value, names, walk):
+            said, real = homes(found)
+            followed = (real or "").startswith("torch.nn.")
+            if followed or not (is_library(said) and is_library(real)):
+                yield f"{name} {walk.token(found)}"
+
+
+def _functions(value: Any, names: frozenset[str], walk: Walk) -> Iterator[types.FunctionType]:
+    """A function, or those of a module and of the modules within it that go by these names."""
+    if isinstance(value, types.FunctionType):
+        yield value
+    elif isinstance(value, types.ModuleType):
+        for name in sorted(names & value.__dict__.keys()):
+            inner = walk.guards.slot(value.__dict__, name)
+            within = getattr(inner, "__name__", "").startswith(f"{value.__name__}.")
+            if within or not isinstance(inner, types.ModuleType):
+                yield from _functions(inner, names, walk)
 
 
 def _named_parts(function: types.FunctionType, walk: Walk) -> Iterator[str]:
@@ -138,12 +168,12 @@ def _module_parts(module: types.ModuleType, names: frozenset[str], walk: Walk) -
 
 
 def _refuse_outside(value: Any, walk: Walk) -> None:
-    home = getattr(value, "__module__", None)
-    if not callable(value) or not isinstance(home, str):
+    module = getattr(value, "__module__", None)
+    if not callable(value) or not isinstance(module, str):
         return
-    reads = getattr(value, "__name__", "") in _READERS and is_library(home)
-    if reads or home.partition(".")[0] in _OUTSIDE:
-        walk.refuse(f"code that uses {home}.{getattr(value, '__name__', '')}")
+    reads = getattr(value, "__name__", "") in _READERS and is_library(module)
+    if reads or module.partition(".")[0] in _OUTSIDE:
+        walk.refuse(f"code that uses {module}.{getattr(value, '__name__', '')}")
 
 
 class Members:
@@ -221,7 +251,7 @@ class Members:
 
 
 def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return f"{home_of(kind)}.{kind.__qualname__}"
 
 
 def _members_of(kind: type, walk: Walk) -> dict[str, Any]:
@@ -237,9 +267,9 @@ def _members_of(kind: type, walk: Walk) -> dict[str, Any]:
 
 def _is_known_by_name(kind: type) -> bool:
     """Whether a class's code is a library's, but for what somebody put into it."""
-    if kind is torch.nn.Module or is_frame(kind.__module__):
+    if kind is torch.nn.Module or is_frame(home_of(kind)):
         return True
-    return is_library(kind.__module__) and not issubclass(kind, (torch.nn.Module, torch.Tensor))
+    return is_library(home_of(kind)) and not issubclass(kind, (torch.nn.Module, torch.Tensor))
 
 
 def _is_of_library(member: Any) -> bool:
@@ -247,14 +277,14 @@ def _is_of_library(member: Any) -> bool:
     function = getattr(member, "fget", None) or getattr(member, "__func__", member)
     if isinstance(function, types.FunctionType):
         return all(map(is_library, homes(function)))
-    home = getattr(function, "__module__", None) or "builtins"
-    return hasattr(function, "__qualname__") and is_library(home)
+    module = getattr(function, "__module__", None)
+    return hasattr(function, "__qualname__") and (module is None or is_library(module))
 
 
 def _is_found(name: str, value: Any, kind: type, walk: Walk) -> bool:
     """Whether code may find this by a name that it puts together."""
     data = isinstance(value, _DATA) and not name.startswith("__")
-    return data and walk.by_text and is_foreign(kind.__module__)
+    return data and walk.by_text and is_foreign(home_of(kind))
 
 
 def _is_implicit(name: str, value: Any) -> bool:

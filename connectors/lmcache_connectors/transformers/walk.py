@@ -33,7 +33,7 @@ import xxhash
 from transformers import PretrainedConfig
 from transformers.utils.generic import GeneralInterface
 
-from lmcache_connectors.transformers.code import code_token
+from lmcache_connectors.transformers.code import code_token, home_of
 from lmcache_connectors.transformers.guards import MISSING, Guards
 from lmcache_connectors.transformers.reach import ENTRIES, Members, function_parts
 
@@ -157,7 +157,7 @@ class Walk:
 
     def closed(self, x: Any) -> str:
         """An object that has nothing to look at."""
-        name = f"{type(x).__module__}.{type(x).__qualname__}"
+        name = f"{home_of(type(x))}.{type(x).__qualname__}"
         self._closed.append((self._attribute, name))
         return name
 
@@ -191,7 +191,7 @@ def _encoded(parts: Iterable[str]) -> bytes:
 def _drops(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Dropout):
         return module.p > 0
-    return not type(module).__module__.startswith(_DROPS_NOTHING)
+    return not home_of(type(module)).startswith(_DROPS_NOTHING)
 
 
 @functools.singledispatch
@@ -204,7 +204,7 @@ def _object(x: Any, walk: Walk, leave: frozenset[str] = frozenset()) -> Iterator
     """Any object: its class, attributes and slots."""
     kind = type(x)
     yield walk.token(kind)
-    if kind is object or kind.__module__.startswith(_KNOWN_BY_CLASS):
+    if kind is object or home_of(kind).startswith(_KNOWN_BY_CLASS):
         return
     if not hasattr(x, "__dict__") and not any(map(_slots, kind.__mro__)):
         yield walk.closed(x)
@@ -428,7 +428,7 @@ def _(x: Any, walk: Walk) -> Iterable[str]:
 @_look.register(types.GenericAlias)
 @_look.register(typing.TypeVar)
 def _(x: Any, walk: Walk) -> Iterable[str]:
-    return [f"{type(x).__module__}.{type(x).__qualname__} {x!r}"]
+    return [f"{home_of(type(x))}.{type(x).__qualname__} {x!r}"]
 
 
 def _named(x: Any, walk: Walk) -> Iterable[str]:

@@ -8,10 +8,12 @@ import sys
 
 PROGRAM = """
 import sys
+import torch
+from transformers import BigBirdConfig, BigBirdForCausalLM, LlamaConfig, LlamaForCausalLM
 for name in sys.argv[1:]:
     __import__(name)
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+if sys.argv[1:]:
+    BigBirdForCausalLM(BigBirdConfig(hidden_size=24, num_hidden_layers=1, vocab_size=64))
 from lmcache_connectors.transformers.identity import Observer
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -28,7 +30,7 @@ def identity(*modules: str, **variables: str) -> str:
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
 
 
-def test_neither_hash_seed_nor_environment_nor_other_imports_are_in_it() -> None:
+def test_neither_hash_seed_nor_environment_nor_imports_nor_other_models_are_in_it() -> None:
     one = identity(PYTHONHASHSEED="1", HOSTNAME="here", LANG="C.UTF-8")
     two = identity("pytest", "psutil", PYTHONHASHSEED="2", HOSTNAME="there", OWN="else")
     assert one == two

@@ -21,8 +21,7 @@ from tests.connectors.transformers.tiny import (
 )
 from tests.connectors.transformers.unchanged import FORMS, SERVED, SLOW
 
-# Minutes: `make soak` runs them.
-pytestmark = [pytest.mark.soak, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 HIT = PREFIX // CHUNK
 ONCE = [0]
