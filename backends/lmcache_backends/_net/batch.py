@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from lmcache_backends._net.connection import Buffer, Connection, Pool
 from lmcache_backends._net.options import Address
-from lmcache_core.backend import StorageError, Transfer
+from lmcache_core.backend import DeadlineExceeded, StorageError, Transfer
 
 C = TypeVar("C", bound=Connection)
 T = TypeVar("T")
@@ -152,12 +152,23 @@ class Servers(Generic[C]):
             running.remove(pipeline)
             pipeline.connection.close()
         self.pool.distrust(address)
-        if str(address) not in str(error) and len(error.args) == 1:
-            error.args = (f"{address}: {error}",)
+        error = placed(error, address)
         self.failed(address, error)
         if transfer.remaining() <= 0:
             raise error
         return error
+
+
+def placed(error: Exception, address: Address) -> Exception:
+    """An error that says where."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # of the system's
+        text = error.strerror
+    text = text if str(address) in text else f"{address}: {text or type(error).__name__}"
+    if isinstance(error, StorageError):
+        error.args = (text,)
+        return error
+    return (DeadlineExceeded if isinstance(error, TimeoutError) else StorageError)(text)
 
 
 class Assembly:

@@ -20,6 +20,8 @@ from lmcache_core.backend import DeadlineExceeded, StorageError, Transfer
 _IOV_MAX = 1024
 _KEPT = 16
 """Idle connections to keep to each server."""
+_DIAL_SHARE = 0.95
+"""Of the time there is, so that a call hears what it waited for before it has had its time."""
 _SMALL = 16 << 10
 """Bytes of the buffer that replies are read through, and of parts that TLS sends together."""
 _FEW_PACKETS = 128 << 10
@@ -29,7 +31,23 @@ _AT_ONCE = 2 << 20
 _STEP = 0.02
 """Seconds to wait for so many; then what is there is read, so that it counts when it came."""
 
+HANGS_UP = "a server that speaks TLS hangs up on who does not"
+"""What may be why, where the first answer is none."""
+_PLAIN = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG", "HTTP_REQUEST")
+"""What OpenSSL says of an answer that is no TLS, from version to version."""
+
 Buffer = bytes | memoryview
+
+
+def of_tls(error: BaseException) -> str:
+    """What an error of TLS, or of a client library about one, says."""
+    text = " ".join(str(error).split())
+    plain = any(word in text for word in _PLAIN)
+    return f"{text}: the port does not speak TLS" if plain else text
+
+
+class HungUp(StorageError):
+    """The other side closed the connection."""
 
 
 class Connection:
@@ -162,7 +180,7 @@ class Connection:
             self._is_ready(select.POLLIN, min(_STEP, self._left(time.monotonic())))
         n = self._when_ready(self._sock.recv_into, target, select.POLLIN)
         if n == 0:
-            raise StorageError("the server closed the connection")
+            raise HungUp("the server closed the connection")
         self.received += n
         self._transfer.moved(n)
         return n
@@ -219,7 +237,8 @@ class Pool(Generic[C]):
         connection = self._idle_one(address)
         if connection is None:
             transfer.check()
-            connection = self._dial(address, Transfer(min(silence, transfer.remaining())))
+            patience = min(silence, transfer.remaining()) * _DIAL_SHARE
+            connection = self._dial(address, Transfer(patience))
         connection.use(transfer, silence)
         return connection
 

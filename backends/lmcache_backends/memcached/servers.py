@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pymemcache.client.base import Client
 
 from lmcache_backends._net import batch
-from lmcache_backends._net.connection import Connection, Pool
+from lmcache_backends._net.batch import placed
+from lmcache_backends._net.connection import HANGS_UP, Connection, HungUp, Pool, of_tls
 from lmcache_backends._net.options import Address, Login
 from lmcache_core.backend import (
     Breaker,
@@ -69,7 +70,7 @@ class Dial:
             self._threads.call(client._connect, transfer)
         except ssl.SSLError as error:
             kind = StorageError if isinstance(error, ssl.SSLEOFError) else Refused
-            raise kind(f"{address}: {error}") from None
+            raise kind(f"{address}: {of_tls(error)}") from None
         except TimeoutError:
             seconds = f"{transfer.timeout:.3g} s"
             raise DeadlineExceeded(f"{address}: no connection within {seconds}") from None
@@ -80,8 +81,11 @@ class Dial:
             connection.use(transfer, transfer.timeout)
             self._log_in(connection)
             self.limits[address] = _largest(connection)
-        except BaseException:
+        except BaseException as error:
             connection.close()
+            if self._tls is None and isinstance(error, HungUp | ConnectionError):
+                hint = f"; {HANGS_UP} (tls: {{}})" if address.port else ""
+                raise StorageError(f"{placed(error, address)}{hint}") from None
             raise
         return connection
 

@@ -27,12 +27,12 @@ from lmcache_backends.redis.servers import (
     encode,
     encode_word,
     parse_url,
+    unexpected,
 )
 from lmcache_core.backend import (
     Buffers,
     ChunkKey,
     StorageBackend,
-    StorageError,
     Stored,
     Transfer,
     nbytes_of,
@@ -231,7 +231,7 @@ def _number(connection: RedisConnection, line: bytes, kind: bytes) -> int:
     if line.startswith(kind):
         with contextlib.suppress(ValueError):
             return int(line[1:])
-    raise _unexpected(connection, line)
+    raise unexpected(connection.address, line)
 
 
 def _taken(connection: RedisConnection, i: int, line: bytes) -> bool:
@@ -240,10 +240,4 @@ def _taken(connection: RedisConnection, i: int, line: bytes) -> bool:
         return True
     if line.startswith(b"-OOM "):
         return False
-    raise _unexpected(connection, line)
-
-
-def _unexpected(connection: RedisConnection, line: bytes) -> StorageError:
-    told = line.startswith(b"-")
-    text = line[1:].decode(errors="replace") if told else "the answer is not what the protocol says"
-    return StorageError(f"{connection.address}: {text}")
+    raise unexpected(connection.address, line)

@@ -17,7 +17,8 @@ from redis.crc import key_slot
 from redis.retry import Retry
 
 from lmcache_backends._net import batch
-from lmcache_backends._net.connection import Buffer, Connection, Pool
+from lmcache_backends._net.batch import placed
+from lmcache_backends._net.connection import HANGS_UP, Buffer, Connection, HungUp, Pool, of_tls
 from lmcache_backends._net.options import Address, Login, Tls
 from lmcache_core.backend import (
     DaemonPool,
@@ -37,6 +38,9 @@ _LARGEST_WORD = 1 << 20
 """Bytes of the largest word in an answer that is not bulk."""
 _DIALS = 16
 """Connections that may be made at a time."""
+_FOR_GOOD = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
+_FOR_NOW = ("LOADING", "BUSY", "MASTERDOWN", "ERR max number of clients")
+"""As errors begin that will not change, and those that a login may bring and that will."""
 
 
 class Url(NamedTuple):
@@ -252,15 +256,30 @@ class RedisConnection(Connection):
         self.send([encode(*command)])
         return self._reply()
 
-    def _reply(self) -> Any:
+    def greet(self, login: Login, db: int) -> None:
+        """Log in, choose the database, and see that the server answers. Raises Refused where it
+        says no, unless that is for now."""
+        words = [word.encode() for word in login if word]
+        commands = [[b"AUTH", *words]] if words else []
+        commands += [[b"SELECT", b"%d" % db]] if db else []
+        self.send([encode(*command) for command in [*commands, [b"PING"]]])
+        for _ in commands:
+            self._reply(_FOR_NOW)
+        self._reply()
+
+    def _reply(self, for_now: tuple[str, ...] = ("",)) -> Any:
+        """The next answer. `for_now`: as what may come instead begins that will pass; what else
+        does is Refused."""
         line = self.line()
         kind, rest = line[:1], line[1:]
         if kind == b"+":
             return rest
         if kind == b"-":
-            raise _refusal(f"{self.address}: {rest.decode(errors='replace')}")
+            text = rest.decode(errors="replace")
+            passes = text.startswith(for_now) and not text.startswith(_FOR_GOOD)
+            raise (StorageError if passes else Refused)(f"{self.address}: {text}")
         if kind not in (b":", b"$", b"*") or not rest.lstrip(b"-").isdigit():
-            raise StorageError(f"{self.address}: the answer is not what the protocol says")
+            raise unexpected(self.address, line)
         number = int(rest)
         if kind == b":":
             return number
@@ -290,23 +309,25 @@ class Dial:
         """`login`: what to use instead of the url's."""
         self._threads = DaemonPool("lmcache-redis-dial", _DIALS)
         self._class: Any = redis.Connection
-        self._asked = ""
-        """What may be why nobody answers."""
+        self._late, self._hung_up = "", f"; {HANGS_UP} (rediss://)"
+        """What may be why nobody answers, and why the other side hangs up."""
         self._settings: dict[str, Any] = {
             "protocol": 2,
             "retry": Retry(NoBackoff(), 0),
+            "redis_connect_func": lambda connection: None,
             "socket_keepalive": True,
         }
         if url.scheme == "unix":
             self._class = redis.UnixDomainSocketConnection
+            self._hung_up = ""
             del self._settings["socket_keepalive"]
         elif url.scheme == "rediss":
             self._class = redis.SSLConnection
-            self._asked = " to TLS, which a plain port takes for the begin of a command"
+            self._late = " to TLS, which a plain port takes for the begin of a command"
+            self._hung_up = ""
             self._settings |= _tls(tls)
-        username, password = (text or None for text in login)
-        self._master = {"db": url.db, "username": username, "password": password}
-        self._sentinel = {"password": sentinel_password or None}
+        self._master = login, url.db
+        self._sentinel = Login("", sentinel_password), 0
 
     def __call__(
         self, address: Address, transfer: Transfer, *, sentinel: bool = False
@@ -316,22 +337,32 @@ class Dial:
         connection = self._class(
             **(place if address.port else {"path": address.host}),
             **self._settings,
-            **(self._sentinel if sentinel else self._master),
             socket_timeout=transfer.timeout,
             socket_connect_timeout=transfer.timeout,
         )
         try:
             self._threads.call(connection.connect, transfer)
-        except DeadlineExceeded as error:
+            made = RedisConnection(address, connection)
+            made.use(transfer, transfer.timeout)
+            made.greet(*(self._sentinel if sentinel else self._master))
+        except Exception as error:
             connection.disconnect()  # which ends the thread
-            raise DeadlineExceeded(f"{address}: {error}{self._asked}") from None
-        except redis.ResponseError as error:
-            raise Refused(f"{address}: {error}") from None
-        except redis.RedisError as error:
-            raise _translated(error, address) from None
-        made = RedisConnection(address, connection)
-        made.use(transfer, transfer.timeout)
+            raise self._translated(error, address) from None
         return made
+
+    def _translated(self, error: Exception, address: Address) -> Exception:
+        """An error of redis-py's or the system's as one of ours, which says where."""
+        if isinstance(error, DeadlineExceeded):
+            return DeadlineExceeded(f"{address}: {error}{self._late}")
+        if isinstance(error, Refused | redis.TimeoutError):
+            return error if isinstance(error, Refused) else TimeoutError(f"{address}: {error}")
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+                return Refused(f"{address}: {of_tls(error)}")
+            cause = cause.__cause__ or cause.__context__
+        hint = self._hung_up if isinstance(error, HungUp | ConnectionError) else ""
+        return StorageError(f"{placed(error, address)}{hint}")
 
     def close(self) -> None:
         """End its threads."""
@@ -342,27 +373,6 @@ def _tls(tls: Tls) -> dict[str, Any]:
     paths = {"ssl_ca_certs": tls.ca, "ssl_certfile": tls.cert, "ssl_keyfile": tls.key}
     files = {name: str(path) for name, path in paths.items() if path}
     return {**files, "ssl_cert_reqs": "required", "ssl_check_hostname": tls.check_hostname}
-
-
-def _translated(error: Exception, address: Address) -> Exception:
-    """redis-py's error as one of ours."""
-    text = f"{address}: {error}"
-    if isinstance(error, redis.TimeoutError):
-        return TimeoutError(text)
-    if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError):
-        return Refused(text)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
-            return Refused(text)
-        cause = cause.__cause__ or cause.__context__
-    return StorageError(text)
-
-
-def _refusal(text: str) -> StorageError:
-    """What a server that is connected says no with; these will not change."""
-    kinds = ("NOAUTH", "WRONGPASS", "NOPERM")
-    return Refused(text) if any(f": {kind}" in text for kind in kinds) else StorageError(text)
 
 
 def _master(seed: Address, service: str, answer: Any) -> Address:
@@ -387,6 +397,14 @@ def _slots(seed: Address, answer: Any) -> list[Address]:
 def _host(told: str, asked: Address) -> str:
     """A node that does not know its own name means the host that was asked."""
     return asked.host if told in ("", "?") else told
+
+
+def unexpected(address: Address, line: bytes) -> StorageError:
+    """For a line that is no answer, or an error of the server's."""
+    text = line[:200].decode(errors="replace")
+    if text.startswith("-"):
+        return StorageError(f"{address}: {text[1:]}")
+    return StorageError(f"{address}: the answer is not what the protocol says: {text!r}")
 
 
 def encode(*words: bytes) -> bytes:

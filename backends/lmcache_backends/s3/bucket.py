@@ -23,6 +23,7 @@ from botocore.exceptions import (
 )
 from botocore.handlers import add_expect_header
 
+from lmcache_backends._net.connection import of_tls
 from lmcache_core.backend import Backoff, Refused, StorageError, Transfer
 
 _PAUSES = (0.05, 1.0)
@@ -117,7 +118,7 @@ def told(operation: str) -> Iterator[None]:
         code = error.response.get("Error", {}).get("Code", "an error")
         raise HttpError(operation, status, code) from None
     except _MISTAKES as error:
-        raise Refused(" ".join(str(error).split())) from None
+        raise Refused(of_tls(error)) from None
     except (BotoCoreError, aiohttp.ClientError, OSError) as error:
         text = " ".join(str(error).split())[:200]
         raise StorageError(f"{operation}: {text or type(error).__name__}") from None
