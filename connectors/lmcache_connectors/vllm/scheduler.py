@@ -96,6 +96,9 @@ class Scheduler:
         self._patience = INLINE_SECONDS
         """What is left of it in this step."""
         self._requests: dict[str, _Known] = {}
+        self._promised: dict[str, int] = {}
+        """Up to which token requests are to be loaded, until vLLM has made room; it may do so in a
+        later step, or never."""
         self._loads: list[Chunks] = []
         self._own_cache = OwnCache()
         self._adapters: dict[str, str] = {}
@@ -188,6 +191,7 @@ class Scheduler:
     def match(self, request: Request, computed: int) -> int | None:
         """Tokens beyond `computed` that can be loaded; None while that is being found out."""
         self._look()
+        self._promised.pop(request.request_id, None)
         known = self._requests.get(request.request_id)
         if known is not None and computed and self._own_cache.outdated:
             del self._requests[request.request_id]  # what it goes on from is not to be stored
@@ -209,7 +213,11 @@ class Scheduler:
         if self._awaits(known, found):
             return None
         known.found = found
-        return max(0, min(found.tokens, found.usable) - computed)
+        end = min(found.tokens, found.usable)
+        if end <= computed:
+            return 0
+        self._promised[request.request_id] = end
+        return end - computed
 
     def _awaits(self, known: _Known, found: Found) -> bool:
         """Whether another instance has announced more, and may still be storing it. No thread
@@ -233,10 +241,12 @@ class Scheduler:
 
     def allocated(self, request: Request, block_ids: tuple[list[int], ...], external: int) -> None:
         """VLLM has made room for `external` tokens, which follow what it has itself."""
-        known = self._requests[request.request_id]
-        assert known.found is not None
+        end = self._promised.pop(request.request_id)
+        known = self._requests.get(request.request_id)
+        if known is None or known.found is None:  # something changed since: vLLM computes them
+            self._loads.append(self._nothing(request, end - external, end, block_ids))
+            return
         found = known.found
-        end = min(found.tokens, found.usable)
         chunks = self._chunks(known, end - external, end, found.ends, block_ids)
         chunks.tiers = found.tiers
         first = chunks.first_block(0, self._blocks[0])
@@ -245,6 +255,13 @@ class Scheduler:
         for tier, tokens in known.sources:
             self._cache.count("hit_tokens", tokens, tier.name)
         self._loads.append(chunks)
+
+    def _nothing(
+        self, request: Request, begin: int, end: int, block_ids: tuple[list[int], ...]
+    ) -> Chunks:
+        """A load of which nothing will come."""
+        ids = tuple(ids[: end // block] for ids, block in zip(block_ids, self._blocks, strict=True))
+        return Chunks(request.request_id, "", [], [], begin, end, ids)
 
     def _by_tier(self, found: Found, begin: int, end: int) -> list[tuple[TierInfo, int]]:
         """Tokens of [begin, end) by the tier that has them."""
@@ -358,6 +375,7 @@ class Scheduler:
     def end(self, request: Request) -> dict[str, Any] | None:
         """The request is done or aborted. Returns what a proxy shall tell a decode instance."""
         self._own_cache.end(request.request_id)
+        self._promised.pop(request.request_id, None)
         known = self._requests.pop(request.request_id, None)
         if known is None or known.handled is None or self._transfer.is_kv_consumer:
             return None

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import (
@@ -30,12 +29,23 @@ from lmcache_connectors.vllm.identity import (
 )
 from lmcache_connectors.vllm.packing import Packing
 from lmcache_connectors.vllm.packing import packing as packing_of
-from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup, Weights
+from lmcache_core import DTYPES, CacheEngine, ConfigError, KVLayout, LayerGroup, Weights
 from lmcache_core.connector import depends_on_length
 
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one
 within a chunk reuses nothing of that chunk, so chunks stay small."""
+
+
+KV_DTYPES = frozenset(
+    (
+        *("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"),
+        *("fp8_ds_mla", "nvfp4_ds_mla", "nvfp4", "nvfp4_4over6", "ultraquant_4bit"),
+        *("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"),
+        *("int4_per_token_head", "int8_per_token_head", "fp8_per_token_head"),
+    )
+)
+"""vLLM's names of what KV is kept in. A plugin's own may keep a part of it elsewhere."""
 
 
 class Part(NamedTuple):
@@ -82,6 +92,8 @@ class Shape:
             raise ConfigError("pipeline and context parallelism are not supported")
         if not config.model_config.is_prefix_caching_supported:
             raise ConfigError("vLLM needs the whole prompt of this model, no prefix can be reused")
+        if config.cache_config.cache_dtype not in KV_DTYPES:
+            raise ConfigError(f"KV in {config.cache_config.cache_dtype!r}, which is not known")
         self._config, self._kv, self._engine = config, kv, engine
         if getattr(config.cache_config, "calculate_kv_scales", False):
             raise ConfigError("calculate_kv_scales: each engine would scale KV by its first prompt")
@@ -228,7 +240,10 @@ def _layer_group(names: Sequence[str], spec: Any, packing: Packing | None) -> La
     [kv_heads, tokens, bytes of both] as vLLM packs them."""
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
         raise ConfigError(f"KV of the kind {type(spec).__name__} is not supported")
-    itemsize = torch.empty(0, dtype=spec.dtype).element_size()
+    dtype = str(spec.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConfigError(f"KV of the dtype {dtype} is not supported")
+    itemsize = spec.dtype.itemsize
     width, rest = divmod(spec.page_size_bytes, spec.num_kv_heads * spec.block_size * itemsize)
     if rest:
         raise ConfigError("padded KV pages are not supported")
@@ -244,7 +259,7 @@ def _layer_group(names: Sequence[str], spec: Any, packing: Packing | None) -> La
         kv_heads=spec.num_kv_heads,
         key_dim=key_dim,
         value_dim=width - key_dim,
-        dtype=str(spec.dtype).removeprefix("torch."),
+        dtype=dtype,
         window=window,
     )
 

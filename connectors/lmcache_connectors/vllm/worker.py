@@ -126,7 +126,8 @@ class Worker:
             self._weights = step.weights
             self._groups = self._shape.groups(self._rank, step.weights) if step.weights else []
         for chunks in step.loads:
-            work = partial(self._load, chunks, [] if self._other(chunks) else self._groups)
+            groups = self._groups if chunks.ends and not self._other(chunks) else []
+            work = partial(self._load, chunks, groups)
             load = _Load(self._loaders.submit(work), chunks, self._weights)
             self._loads[chunks.request] = load
         if step.idle and self._loads:
