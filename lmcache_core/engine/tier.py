@@ -52,6 +52,7 @@ from lmcache_core.plugins.events import (
 )
 from lmcache_core.plugins.log import LOG, log
 from lmcache_core.plugins.observers import Observers
+from lmcache_core.plugins.options import Bounded
 from lmcache_core.plugins.secrets import masked
 
 T = TypeVar("T")
@@ -453,7 +454,21 @@ class Tier:
     ) -> int:
         """Put frames, also where others lie that cannot be read."""
         self._remove(self._unreadable.among([key for key, _ in frames]), transfer)
-        return contract.stored(self._backend.put(frames, prefix, transfer), len(frames))
+        stored = contract.stored(self._backend.put(frames, prefix, transfer), len(frames))
+        if stored < len(frames):
+            self._warn_of_size(nbytes_of(frames[stored][1]))
+        return stored
+
+    def _warn_of_size(self, nbytes: int) -> None:
+        """Say it where no frame of that size is ever stored: what serdes make of a chunk nobody
+        knows before."""
+        options = self._config.options
+        if isinstance(options, Bounded) and options.bytes_for(nbytes) > options.capacity:
+            LOG.warn(
+                f"{self.name} capacity",
+                f"tier {self.name}: {self._config.where}.capacity: {options.capacity} bytes hold "
+                f"no chunk of {options.bytes_for(nbytes)} bytes: none of that size is ever stored",
+            )
 
     # Removing
 
