@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import ssl
 import threading
@@ -20,6 +21,7 @@ from lmcache_backends.s3 import S3Backend, S3Options
 from lmcache_core import StorageBackend, StorageError
 from lmcache_core.backend import Refused, Transfer
 from tests.certificates import Authority
+from tests.system import needs_root
 
 DENIED = b"-DENIED Redis is running in protected mode because no password is set.\r\n"
 BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"
@@ -184,3 +186,29 @@ def test_no_answer_is_for_no_answer(open_backend: Callable[[int], StorageBackend
         pytest.raises(StorageError, match="no answer within"),
     ):
         raise said(open_backend(port))
+
+
+@needs_root
+@pytest.mark.parametrize("scheme", ["redis", "memcached"])
+@pytest.mark.parametrize(
+    ("owner", "mode", "warned"),
+    [(12345, 0o1777, True), (12345, 0o755, False), (0, 0o1777, False)],
+)
+def test_a_socket_that_anybody_could_have_made_is_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    scheme: str,
+    owner: int,
+    mode: int,
+    warned: bool,
+) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        os.chown(path, owner, -1)
+        tmp_path.chmod(mode)
+        if scheme == "redis":
+            said(RedisBackend(RedisOptions(url=f"unix://{path}")))
+        else:
+            said(MemcachedBackend(MemcachedOptions(url=f"memcached://{path}")))
+    assert (f"{path} belongs to user 12345, in a directory" in caplog.text) == warned

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import select
 import socket
 import ssl
+import stat
 import threading
 import time
 from collections import defaultdict
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from lmcache_backends._net.options import Address
-from lmcache_core.backend import DeadlineExceeded, StorageError, Transfer
+from lmcache_core.backend import LOG, DeadlineExceeded, StorageError, Transfer
 
 _IOV_MAX = 1024
 _KEPT = 16
@@ -44,6 +46,19 @@ def of_tls(error: BaseException) -> str:
     text = " ".join(str(error).split())
     plain = any(word in text for word in _PLAIN)
     return f"{text}: the port does not speak TLS" if plain else text
+
+
+def look_at_socket(path: str) -> None:
+    """Warn of a socket of another user in a directory where any user could have made it. Whether
+    that is the store's user nobody can tell from here."""
+    with contextlib.suppress(OSError):
+        owner, directory = os.stat(path).st_uid, os.stat(os.path.dirname(path) or ".")
+        if owner not in (0, os.geteuid()) and directory.st_mode & stat.S_IWOTH:
+            LOG.warn(
+                f"socket {path}",
+                f"{path} belongs to user {owner}, in a directory where any user may listen: "
+                "whoever does chooses what a model reads. Keep it in one of the server's own",
+            )
 
 
 class HungUp(StorageError):

@@ -20,7 +20,14 @@ from pymemcache.client.base import Client
 
 from lmcache_backends._net import batch
 from lmcache_backends._net.batch import placed
-from lmcache_backends._net.connection import HANGS_UP, Connection, HungUp, Pool, of_tls
+from lmcache_backends._net.connection import (
+    HANGS_UP,
+    Connection,
+    HungUp,
+    Pool,
+    look_at_socket,
+    of_tls,
+)
 from lmcache_backends._net.options import Address, Login
 from lmcache_core.backend import (
     Breaker,
@@ -59,6 +66,8 @@ class Dial:
     def __call__(self, address: Address, transfer: Transfer) -> Connection:
         """A connection. Raises Refused where the server says no."""
         place = (address.host, address.port) if address.port else address.host
+        if not address.port:
+            look_at_socket(address.host)
         client = Client(
             place,
             connect_timeout=transfer.timeout,

@@ -18,7 +18,15 @@ from redis.retry import Retry
 
 from lmcache_backends._net import batch
 from lmcache_backends._net.batch import placed
-from lmcache_backends._net.connection import HANGS_UP, Buffer, Connection, HungUp, Pool, of_tls
+from lmcache_backends._net.connection import (
+    HANGS_UP,
+    Buffer,
+    Connection,
+    HungUp,
+    Pool,
+    look_at_socket,
+    of_tls,
+)
 from lmcache_backends._net.options import Address, Login, Tls
 from lmcache_core.backend import (
     DaemonPool,
@@ -334,6 +342,8 @@ class Dial:
     ) -> RedisConnection:
         """A connection. Raises Refused where the server says no."""
         place = {"host": address.host, "port": address.port}
+        if not address.port:
+            look_at_socket(address.host)
         connection = self._class(
             **(place if address.port else {"path": address.host}),
             **self._settings,
