@@ -153,11 +153,30 @@ def test_a_count_that_a_crash_left_wrong_mends_itself(tmp_path: Path) -> None:
     (tmp_path / "usage").write_bytes((10 * SMALL).to_bytes(8, "little"))
     assert put(backend, 7) == 1
     assert usage(tmp_path) == 6000
-    (tmp_path / "usage").write_bytes(b"")
-    assert put(backend, 8) == 1
     backend.close()
-    opener(tmp_path, SMALL)().close()
-    assert usage(tmp_path) == 7000
+
+
+@pytest.mark.parametrize(
+    "harm", [b"", b"cut", (-(1 << 60)).to_bytes(8, "little", signed=True), None]
+)
+def test_a_count_that_is_none_lets_nothing_grow_beyond_the_capacity(
+    tmp_path: Path, harm: bytes | None
+) -> None:
+    backend = opener(tmp_path, SMALL)()
+    put(backend, *range(5))
+    if harm is None:
+        (tmp_path / "usage").unlink()
+    else:
+        (tmp_path / "usage").write_bytes(harm)
+    assert put(backend, 5) == 1
+    assert usage(tmp_path) == 6000
+    (tmp_path / "usage").write_bytes(harm or b"")
+    backend.delete([key(0)], Transfer(1.0))
+    assert usage(tmp_path) == 5000
+    for n in range(6, 200):
+        put(backend, n)
+    assert sum(stored.nbytes for stored in scan(backend)) <= SMALL
+    backend.close()
 
 
 # Trouble with the medium
@@ -296,7 +315,7 @@ def test_what_is_removed_is_made_anew(tmp_path: Path, what: str) -> None:
     kept = what in ("tmp", "usage")
     assert put(backend, 2) == 1
     assert backend.contains([key(1), key(2), key(3)], Transfer(1.0)) == [kept, True, False]
-    assert usage(root) == 1000 * (2 if what == "tmp" else 1)
+    assert usage(root) == (2000 if kept else 1000)
     assert root.stat().st_mode & 0o777 == 0o700
     backend.close()
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from lmcache_backends.disk.place import Place, read_usage, write_usage
+from lmcache_backends.disk.place import Place, write_usage
 from lmcache_core.backend import (
     Buffers,
     ChunkKey,
@@ -196,7 +196,7 @@ class DiskBackend(StorageBackend):
 
     def _count(self, place: Place, transfer: Transfer) -> None:
         with place.locked(transfer) as usage:
-            write_usage(usage, place.reserved() + sum(file.nbytes for file in place.files()))
+            write_usage(usage, place.count())
 
     def _read(self, place: Place, key: ChunkKey, transfer: Transfer) -> Buffers | None:
         try:
@@ -284,7 +284,7 @@ class DiskBackend(StorageBackend):
         if nbytes > self._capacity:
             return None
         with place.locked(transfer) as usage:
-            used = read_usage(usage)
+            used = place.usage(usage)
             if used + nbytes > self._capacity:
                 used = self._evict(place, nbytes, prefix, transfer, self._capacity)
             if used + nbytes > self._capacity:
@@ -297,7 +297,7 @@ class DiskBackend(StorageBackend):
     def _release(self, place: Place, nbytes: int, transfer: Transfer) -> None:
         if nbytes:
             with place.locked(transfer) as usage:
-                write_usage(usage, max(0, read_usage(usage) - nbytes))
+                write_usage(usage, place.usage(usage, freed=nbytes))
 
     def _make_room_on_medium(
         self, place: Place, nbytes: int, prefix: Sequence[ChunkKey], transfer: Transfer

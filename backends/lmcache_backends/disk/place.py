@@ -213,6 +213,17 @@ class Place:
 
     # Space
 
+    def usage(self, usage: int, freed: int = 0) -> int:
+        """The bytes that the usage file says, without what was just freed; where it says nothing,
+        those that are here."""
+        data = os.pread(usage, 8, 0)
+        said = int(struct.unpack("<q", data)[0]) if len(data) == 8 else -1
+        return max(0, said - freed) if said >= 0 else self.count()
+
+    def count(self) -> int:
+        """The bytes that are here, and that are reserved."""
+        return self.reserved() + sum(file.nbytes for file in self.files())
+
     def reserved(self) -> int:
         """Bytes of frames being written; removes what a killed process left half written."""
         oldest = time.time() - _STALE_SECONDS
@@ -239,12 +250,6 @@ class Place:
             yield usage
         finally:
             os.close(usage)  # releases the lock, as does a kill
-
-
-def read_usage(usage: int) -> int:
-    """The bytes that a usage file says."""
-    data = os.pread(usage, 8, 0)
-    return int(struct.unpack("<q", data)[0]) if len(data) == 8 else 0
 
 
 def write_usage(usage: int, nbytes: int) -> None:
