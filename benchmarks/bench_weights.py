@@ -5,7 +5,8 @@
 The rate is that of `tensor_digests` over tensors in memory, beside that of a sum over the same
 bytes, which does nothing but read them. What larger models take is arithmetic on it: bytes divided
 by the rate, on each worker of as many as share the weights. `--vllm` starts SmolLM2-135M in real
-vLLM with our connector and shows what vLLM says of loading and what we say of reading.
+vLLM with our connector and shows what vLLM says of loading and what we say of reading; on a CPU
+without what is read while oneDNN packs it, which is part of vLLM's loading.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lmcache_connectors.vllm.tier import LmcacheCoreTier
 from lmcache_core import ConfigError
 from tests.backends.redis_servers import eventually, redis_server
 from tests.e2e.vllm.conftest import BLOCK, engine, saved
-from tests.e2e.vllm.native import Offloading, content, same, transfer, vllm_config
+from tests.e2e.vllm.native import PATIENCE, Offloading, content, same, transfer, vllm_config
 from tests.servers import Server, free_port, running
 from tests.threads import no_more_threads
 
@@ -97,6 +98,51 @@ def test_blocks_come_back_bit_for_bit_here_and_in_another_engine(
     third = opened(store)
     assert list(third.find([*keys[2:4], *unknown, keys[5]])) == keys[2:4]
     assert same(third.find(keys[::-1]), blocks)
+
+
+CALLS = [
+    *("lookup", "submit_load", "submit_store", "get_finished_jobs", "on_new_request"),
+    *("on_request_finished", "on_schedule_end", "drain_jobs", "shutdown"),
+]
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """VLLM calls each method of the tier on a thread of its own; what is called."""
+    called: list[str] = []
+
+    def elsewhere(name: str) -> Callable[..., Any]:
+        method = getattr(LmcacheCoreTier, name)
+
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(method, *arguments).result(PATIENCE)
+
+        return call
+
+    for name in CALLS:
+        monkeypatch.setattr(LmcacheCoreTier, name, elsewhere(name))
+    return called
+
+
+def test_methods_that_are_called_on_any_thread(
+    store: dict[str, Any], opened: Open, threads: list[str]
+) -> None:
+    """Since vLLM 0.33 one after the other, and not always on the same one."""
+    blocks = content(6, 8192)
+    first = opened(store)
+    first.store(blocks)
+    flush(first)
+    second = opened(store)
+    assert same(second.find(list(blocks)), blocks)
+    second.core.weights = b"others"
+    second.reset()
+    assert second.find(list(blocks)) == {}
+    second.core.weights = b"some"
+    second.reset()
+    assert same(second.find(list(blocks)), blocks)
+    assert {*threads, "shutdown"} == set(CALLS)
 
 
 def test_a_chunk_is_found_wherever_others_are_missing(store: dict[str, Any], opened: Open) -> None:

@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.reload import (
 from lmcache_connectors.vllm import held
 from tests.e2e.vllm.conftest import engine, saved
 from tests.e2e.vllm.test_changes import WHOLE, ask, known_as, moved
-from tests.e2e.vllm.test_connector import flush, forget, prompt
+from tests.e2e.vllm.test_connector import flush, forget, prompt, worker
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,9 @@ def test_weights_that_a_trainer_hands_over(
 def test_an_engine_that_wakes_up_is_asked_what_it_has_then(
     llama: Path, disk: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asleep it may have no weights, and nobody looks at them. On the CPU vLLM only says that it
-    sleeps: what it does on a GPU at level 2 is done here by hand."""
+    """Asleep it may have no weights, and nobody looks at them; its KV memory is mapped anew under
+    the views that we were given. On the CPU vLLM only says that it sleeps: what it does on a GPU
+    is done here by hand."""
     ids = prompt(200)
     with engine(llama, disk) as llm:
         cold, first = ask(llm, ids)[0], known_as(llm)
@@ -131,6 +132,9 @@ def test_an_engine_that_wakes_up_is_asked_what_it_has_then(
             llm.sleep(level=1)
             asleep.setattr(held, "digests", pytest.fail)
             assert known_as(llm) == first
+        for memory in worker(llm)._worker._memory:
+            for layer in memory._layers:
+                layer.zero_()
         llm.wake_up()
         assert ask(llm, ids) == (cold, WHOLE)
         llm.sleep(level=2)
