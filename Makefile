@@ -17,6 +17,9 @@
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .cache/transformers-5.16.1
+# The tables of changes and uses take long; the page on families is of one Transformers.
+TABLES := $(addprefix tests/connectors/transformers/,test_mutations.py test_unchanged.py)
+LATEST := $(TABLES) tests/connectors/transformers/test_families.py
 VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
@@ -32,14 +35,13 @@ demo: $(READY)
 
 test:
 	$(MAKE) --jobs=2 setup lint
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors \
-	  --ignore tests/connectors/transformers/test_mutations.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors $(LATEST:%=--ignore %)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(VLLM)/bin/python -m pytest -q -n 3 --dist loadgroup tests/e2e/vllm
 
 soak: $(OLDEST) $(READY)
 	$(BIN)/python -m pytest -n 2 -m soak $(PYTEST_ARGS)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 tests/connectors/transformers/test_mutations.py
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 $(TABLES)
 
 families: $(READY)
 	$(BIN)/python -m tests.connectors.transformers.families --write

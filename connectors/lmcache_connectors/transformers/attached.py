@@ -17,7 +17,7 @@ from lmcache_connectors._sharing import shared_namespace
 from lmcache_connectors.transformers.call import Call, pads_of
 from lmcache_connectors.transformers.identity import Identity, Observer, has_adapter
 from lmcache_connectors.transformers.layers import Pair, columns_of, filled, note, stop_noting
-from lmcache_connectors.transformers.refusal import NotCacheable
+from lmcache_connectors.transformers.refusal import NotCacheable, described
 from lmcache_connectors.transformers.shape import Layers, Shape
 from lmcache_connectors.transformers.trial import Trial
 from lmcache_core import (
@@ -55,50 +55,33 @@ def attach(
     Weights, adapters, attributes and code may change meanwhile: what the model computes is
     observed at every call (docs/identity.md). Copies of the model are not attached.
     """
+    model = _base_of(model)
     if _attached(model):
         raise ValueError("the model is attached already; detach it first")
     if tenant and share_as:
         raise ValueError("a tenant's KV is not shared with other engines: no share_as")
     attached = Attached(model, cache, tenant, share_as)
-    model.generate = types.MethodType(_serving(attached), model)
+    attached.take_over()
     attached.look()
     return attached
 
 
 def detach(model: PreTrainedModel) -> None:
     """Give the model its own `generate` back; nothing happens where it has it."""
-    attached = _attached(model)
+    attached = _attached(_base_of(model))
     if attached:
         attached.detach()
 
 
-def _serving(attached: Attached) -> Any:
-    """What a model has for `generate` while it is attached.
-
-    A method that is bound to the model: a deep copy binds it to itself, and pickle takes the name
-    for the class's own.
-    """
-
-    @functools.wraps(type(attached.model).generate)
-    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if self is attached.model:
-            return attached.generate(args, kwargs)
-        self.__dict__.pop("generate", None)  # a copy
-        return self.generate(*args, **kwargs)
-
-    generate._lmcache = attached  # type: ignore[attr-defined]
-    return generate
+def _base_of(model: Any) -> PreTrainedModel:
+    """The model that computes: PEFT's around it call its generate."""
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
 
 
 def _attached(model: PreTrainedModel) -> Attached | None:
-    """What the model is attached by, which for a copy is nothing."""
-    method = model.__dict__.get("generate")
-    attached = getattr(getattr(method, "__func__", None), "_lmcache", None)
-    if isinstance(attached, Attached):
-        if attached.model is model:
-            return attached
-        del model.generate
-    return None
+    """What the model is attached by."""
+    return getattr(model.__dict__.get("generate"), "_lmcache", None)
 
 
 class Attached:
@@ -125,6 +108,26 @@ class Attached:
         name, known = type(self.model).__name__, len(self._shapes)
         return f"Attached({name}, {known} identities, {self._observer})"
 
+    def take_over(self) -> None:
+        """Put what serves in the place of the model's generate, but not into copies of it."""
+
+        @functools.wraps(type(self.model).generate)
+        def generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            return self.generate(args, kwargs)
+
+        generate._lmcache = self  # type: ignore[attr-defined]
+        self.model.generate = types.MethodType(generate, self.model)
+        self.model.__dict__["__getstate__"] = self._state
+
+    def _state(self) -> Any:
+        """What copy, pickle and torch.save make a copy of: the model as it is without us."""
+        own = getattr(type(self.model), "__getstate__", None)
+        state = own(self.model) if own else self.model.__dict__
+        if not isinstance(state, dict):
+            return state
+        state = {key: state[key] for key in state if key not in ("generate", "__getstate__")}
+        return state if self._own is None else {**state, "generate": self._own}
+
     def look(self) -> None:
         """Try the model, and say why its KV cannot be reused. Raises ConfigError."""
         try:
@@ -138,7 +141,7 @@ class Attached:
     def detach(self) -> None:
         """Give the model its own `generate` back."""
         if _attached(self.model) is self:
-            del self.model.generate
+            del self.model.generate, self.model.__dict__["__getstate__"]
             if self._own is not None:
                 self.model.generate = self._own
 
@@ -207,14 +210,17 @@ class Attached:
             self._say_why(error)
             return self._own_generate(*args, **kwargs)
         output = self._with_prefix(call, prompt)
+        if output is _AGAIN:
+            return self._own_generate(**call.arguments)
         try:
-            if output is not _AGAIN:
-                self._store_output(prompt, output, call.eos)
+            self._store_output(prompt, output, call.eos)
         except Exception as error:
             self._say_why(error)
-        finally:
+        try:
             stop_noting(prompt.cache)
-        return self._own_generate(**call.arguments) if output is _AGAIN else output
+        except Exception as error:
+            self._say_why(error)
+        return output
 
     def _with_prefix(self, call: Call, prompt: _Prompt) -> Any:
         """Generate's output, or _AGAIN where it fails with our cache before any token is out."""
@@ -236,7 +242,8 @@ class Attached:
         return types.MethodType(type(self.model).generate, self.model)
 
     def _say_why(self, error: Exception, what: str = "an unexpected") -> None:
-        self._say(str(error) if isinstance(error, NotCacheable) else f"{what} {error!r}")
+        refused = isinstance(error, NotCacheable)
+        self._say(str(error) if refused else f"{what} {described(error)}")
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:
@@ -263,7 +270,7 @@ class Attached:
         except NotCacheable as reason:
             return reason
         except Exception as error:
-            return NotCacheable(f"a model that does not go on from a cache ({error!r})")
+            return NotCacheable(f"a model that does not go on from a cache ({described(error)})")
         return layers
 
     def _shape(self, identity: Identity, layers: Layers) -> Shape:

@@ -51,6 +51,8 @@ _READERS = frozenset(
     }
 )  # fmt: skip
 """Functions of libraries that read files."""
+_COMPILES = "torch.utils.cpp_extension"
+"""Its `load` gives code in C++, which is known by its name."""
 _OF_FILES = frozenset(
     {
         "exists", "is_dir", "is_file", "iterdir", "read_bytes", "read_text", "readinto",
@@ -171,9 +173,10 @@ def _refuse_outside(value: Any, walk: Walk) -> None:
     module = getattr(value, "__module__", None)
     if not callable(value) or not isinstance(module, str):
         return
-    reads = getattr(value, "__name__", "") in _READERS and is_library(module)
+    name = getattr(value, "__name__", "")
+    reads = module != _COMPILES and name in _READERS and is_library(module)
     if reads or module.partition(".")[0] in _OUTSIDE:
-        walk.refuse(f"code that uses {module}.{getattr(value, '__name__', '')}")
+        walk.refuse(f"code that uses {module}.{name}")
 
 
 class Members:

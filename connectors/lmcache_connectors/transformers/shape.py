@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lmcache_connectors.transformers.identity import Identity
 from lmcache_connectors.transformers.layers import Pair
-from lmcache_connectors.transformers.refusal import NotCacheable
+from lmcache_connectors.transformers.refusal import NotCacheable, described
 from lmcache_core import (
     KVLayout,
     LayerGroup,
@@ -81,7 +81,7 @@ def _probe(model: PreTrainedModel, argument: str) -> list[DynamicLayer]:
         with torch.no_grad():
             model(input_ids=token, use_cache=True, **{argument: cache})
     except Exception as error:
-        raise NotCacheable(f"a model that takes no DynamicCache ({error!r})") from error
+        raise NotCacheable(f"a model that takes no DynamicCache ({described(error)})") from error
     for layer in cache.layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise NotCacheable(f"a layer that is not indexed by token ({type(layer).__name__})")

@@ -43,7 +43,8 @@ _VALUES = (
 )  # fmt: skip
 _NOT_READ = frozenset(
     {
-        "generate", "generation_config", "gradient_checkpointing", "_gradient_checkpointing_func",
+        "__getstate__", "generate", "generation_config", "gradient_checkpointing",
+        "_gradient_checkpointing_func",
         "_compiled_call", "_compiled_call_impl", "_backward_hooks", "_backward_pre_hooks",
         "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks",
         "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,13 @@ from transformers.cache_utils import DynamicLayer
 
 import lmcache_core
 from lmcache_connectors.transformers import attach, detach
+from lmcache_connectors.transformers import attached as attached_module
+from lmcache_connectors.transformers.guards import Guards
+from lmcache_connectors.transformers.identity import Observer
+from lmcache_connectors.transformers.layers import WithRoom
+from lmcache_connectors.transformers.shape import Layers, Shape
+from lmcache_connectors.transformers.trial import Trial
+from lmcache_connectors.transformers.walk import Walk
 from lmcache_core import CacheEngine, ConfigError
 
 SIZE = 8
@@ -777,17 +786,81 @@ def test_hidden_states_once_asked_for_do_not_end_reuse(model: Any, cache: CacheE
     assert loaded(cache) == 3
 
 
+STEPS: list[tuple[Any, str, tuple[str, ...]]] = [
+    (attached_module, "Call", ("miss", "hit")),
+    (attached_module, "pads_of", ("miss", "hit")),
+    (attached_module, "filled", ("miss", "hit")),
+    (attached_module, "note", ("miss", "hit")),
+    (attached_module, "columns_of", ("miss", "hit")),
+    (attached_module, "copy_exact", ("miss", "hit")),
+    (attached_module, "stop_noting", ("miss", "hit")),
+    (Observer, "identity", ("miss", "hit")),
+    (Walk, "token", ("miss",)),
+    (Guards, "hold", ("hit",)),
+    (Layers, "of", ("miss",)),
+    (Trial, "run", ("miss",)),
+    (Shape, "empty", ("miss", "hit")),
+    (Shape, "parts", ("miss", "hit")),
+    (WithRoom, "update", ("hit",)),
+    (CacheEngine, "namespace", ("miss",)),
+    (CacheEngine, "keys", ("miss", "hit")),
+    (CacheEngine, "lookup", ("miss", "hit")),
+    (CacheEngine, "load", ("hit",)),
+    (CacheEngine, "store", ("miss", "hit")),
+]
+"""What a call does of ours, and in which calls."""
+
+
+class Silent(Exception):
+    """A fault that cannot even say what it is."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+FAULTS = [
+    *((owner, name, call, ZeroDivisionError) for owner, name, calls in STEPS for call in calls),
+    (Trial, "run", "miss", Silent),
+    (WithRoom, "update", "hit", Silent),
+    (CacheEngine, "lookup", "hit", MemoryError),
+]
+
+
+@pytest.mark.parametrize(("owner", "name", "call", "error"), FAULTS)
 def test_a_fault_of_our_own_is_not_the_callers(
-    model: Any, cache: CacheEngine, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+    owner: Any,
+    name: str,
+    call: str,
+    error: type[Exception],
+    cache: CacheEngine,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: Any,
 ) -> None:
+    """The call is answered as without us, one line is logged, and the next is served."""
+    faults = []
+
+    def fault(*args: Any, **kwargs: Any) -> Any:
+        faults.append(1)
+        raise error
+
+    model = build("llama")
     expected = greedy(model, IDS)
-    for method in ("lookup", "load", "store"):
-        with monkeypatch.context() as patch, attach(model, cache):
-            greedy(model, IDS)
-            patch.setattr(CacheEngine, method, lambda *a, **k: 1 / 0)
+    with monkeypatch.context() as patch:
+        if call == "miss":
+            patch.setattr(owner, name, fault)
+        with attach(model, cache):
+            if call == "hit":
+                greedy(model, IDS[:, :17])
+                patch.setattr(owner, name, fault)
             assert torch.equal(greedy(model, IDS), expected)
-        assert "ZeroDivisionError" in caplog.text
-        caplog.clear()
+    assert faults
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert error.__name__ in said
+    with attach(model, cache):
+        greedy(model, IDS)
+        before = loaded(cache)
+        assert torch.equal(greedy(model, IDS), expected)
+    assert loaded(cache) == before + 3
 
 
 def test_an_interrupted_generate_stores_nothing(model: Any, cache: CacheEngine) -> None:
@@ -821,6 +894,31 @@ def test_attach_and_detach(model: Any, cache: CacheEngine) -> None:
     detach(model)
     detach(model)
     assert model.generate == own
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_copy_is_what_it_is_without_us(
+    copied: Callable[[Any], Any], replaced: bool, cache: CacheEngine
+) -> None:
+    model = build("llama")
+    expected = greedy(model, IDS)
+    if replaced:  # by somebody before us, with what copies and pickles
+        model.generate = functools.partial(model.generate, max_new_tokens=16)
+    keys = set(vars(model))
+    with attach(model, cache):
+        other = copied(model)
+        assert set(vars(other)) == keys
+        assert torch.equal(other.generate(IDS, max_new_tokens=16, do_sample=False), expected)
+        assert ("stored", "local_cpu") not in cache.stats()
+        with attach(other, cache):
+            greedy(other, IDS)
+        assert set(vars(other)) == keys
+        greedy(model, IDS)
+    assert set(vars(model)) == keys
+    assert loaded(cache) == 3
 
 
 @pytest.mark.parametrize("part", ["", "transformer.h.0.attn"])

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lmcache_core
-from lmcache_connectors.transformers import attach
+from lmcache_connectors.transformers import attach, detach
 from lmcache_core import CacheEngine
 from tests.connectors.transformers.test_generate import build, config, greedy, loaded, tokens
 
@@ -79,4 +79,19 @@ def test_a_peft_model_generates_through_its_base(cache: CacheEngine) -> None:
         for _ in range(2):
             got = model.generate(input_ids=IDS, max_new_tokens=16, do_sample=False)
             assert torch.equal(got, expected)
+    assert loaded(cache) == 3
+
+
+def test_a_peft_model_may_be_attached_itself(cache: CacheEngine) -> None:
+    torch.manual_seed(1)
+    model: Any = get_peft_model(build("llama"), LORA)
+    expected = model.generate(input_ids=IDS, max_new_tokens=16, do_sample=False)
+    attach(model, cache)
+    with pytest.raises(ValueError, match="attached already"):
+        attach(model.get_base_model(), cache)
+    for _ in range(2):
+        got = model.generate(input_ids=IDS, max_new_tokens=16, do_sample=False)
+        assert torch.equal(got, expected)
+    detach(model)
+    assert "generate" not in vars(model.get_base_model())
     assert loaded(cache) == 3

@@ -27,7 +27,7 @@ ALONE = {"AdaLora", "OSF", "Frod"}
 """They take one adapter."""
 NOT_MERGED = {"Beft", "Lily", "OSF"}
 """They cannot be merged, or not unmerged."""
-REFUSED = {"BOFT", "Lily"}
+REFUSED: set[str] = set()
 """One builds C++ at run time; the other looks at all tokens before it treats the first."""
 
 
