@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,9 @@ from vllm.v1.kv_offload.config import OffloadingConfig
 
 from lmcache_core import ConfigError
 from lmcache_core.connector import config_digest
+
+_PROCESSORS = ("preprocessor", "processor", "video_preprocessor")
+"""What makes inputs of images and the like, as Transformers calls the files."""
 
 
 def offloaded(config: VllmConfig, offloading: OffloadingConfig) -> dict[str, Any]:
@@ -38,6 +42,7 @@ def offloaded(config: VllmConfig, offloading: OffloadingConfig) -> dict[str, Any
         "memory_format": memory_format(config, offloading, block),
         "extra": {
             **number_identity(config),
+            **processing_identity(config.model_config),
             "groups": digest(repr(offloading.groups)),
             "hashes": hash_identity(config, cut.tokens_per_hash),
             "row": f"{offloading.worker_kv_bytes_per_block} {cut.blocks_per_chunk}",
@@ -56,6 +61,21 @@ def model_identity(config: VllmConfig) -> dict[str, Any]:
         "model": " ".join(fields.get("architectures") or ["unknown"]),
         "positions": config_digest(fields),
     }
+
+
+def processing_identity(model: Any) -> dict[str, str]:
+    """What makes inputs of images, video and sound, which vLLM's hashes hold as they were sent:
+    the files beside the model that say it. Nothing for a model of texts."""
+    if not model.is_multimodal_model:
+        return {}
+    from vllm.transformers_utils.repo_utils import try_get_local_file
+
+    names = [f"{processor}_config.json" for processor in _PROCESSORS]
+    asked = (try_get_local_file(model.model, name, model.revision) for name in names)
+    files = [path for path in asked if isinstance(path, Path) and path.is_file()]
+    code = {each for path in files for each in path.parent.glob("*.py")}
+    texts = [hashlib.blake2b(path.read_bytes()).hexdigest() for path in (*files, *sorted(code))]
+    return {"processing": digest(texts)}
 
 
 def number_identity(config: VllmConfig) -> dict[str, str]:

@@ -26,6 +26,7 @@ from lmcache_connectors.vllm.identity import (
     memory_format,
     model_identity,
     number_identity,
+    processing_identity,
 )
 from lmcache_connectors.vllm.packing import Packing
 from lmcache_connectors.vllm.packing import packing as packing_of
@@ -177,6 +178,7 @@ class Shape:
             memory_format=packed,
             extra={
                 **number_identity(config),
+                **processing_identity(config.model_config),
                 "group": digest([part.names, repr(spec)]),
                 "hashes": hash_identity(config, self.vllm_hashed),
                 "chunk": str(self.chunk),
