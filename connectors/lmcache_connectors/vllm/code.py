@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -50,8 +50,10 @@ def code_digests(models: Iterable[torch.nn.Module]) -> dict[str, bytes]:
 def function_digest(value: Any) -> bytes:
     """16 bytes for a function or a method: of its file, its name there and the plain values that it
     has at hand, and of the function that it wraps; nothing for anything else. Raises NoContent."""
-    for inner in ("__func__", "fget"):  # of methods and properties
-        value = getattr(value, inner, value)
+    if isinstance(value, MethodType | staticmethod | classmethod):
+        value = value.__func__
+    elif isinstance(value, property):
+        value = value.fget
     said = []
     while isinstance(value, FunctionType):
         module = value.__globals__.get("__name__", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmcache_connectors.vllm.code import code_digests
+from lmcache_connectors.vllm.code import code_digests, function_digest
 from lmcache_core import NoContent
 
 FILES = {
@@ -68,3 +69,38 @@ def test_code_without_a_file_is_refused() -> None:
     Typed.__module__ = "a_module_that_is_not_there"
     with pytest.raises(NoContent, match="a_module_that_is_not_there"):
         code_digests([Typed()])
+
+
+def one(self: object, by: int = 1) -> int:
+    return by
+
+
+def another(self: object, by: int = 1) -> int:
+    return by
+
+
+def bound(by: int) -> Callable[..., int]:
+    def inner(self: object) -> int:
+        return by
+
+    return inner
+
+
+@pytest.mark.parametrize("wrapped", [staticmethod, classmethod, property])
+def test_a_function_is_known_by_its_name_and_what_it_has_at_hand(wrapped: Callable) -> None:
+    functions = [one, another, bound(1), bound(2)]
+    assert len({function_digest(each) for each in functions}) == 4
+    assert function_digest(bound(1)) == function_digest(bound(1))
+    assert function_digest(wrapped(another)) != function_digest(wrapped(bound(1)))
+
+
+class Strange:
+    """What some library may hang on a module."""
+
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_anything_else_is_no_function() -> None:
+    for value in (3, "text", torch.zeros(2), functools.partial(one), Strange()):
+        assert function_digest(value) == b""
