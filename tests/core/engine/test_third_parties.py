@@ -158,16 +158,23 @@ RETURNED: dict[str, dict[str, Callable[[Any], Any]]] = {
         "texts": each(lambda one: Stored("key", 3)),
     },
 }  # fmt: skip
-CASES = [
-    pytest.param(method, wrong, id=f"{method} gives {name}")
-    for method, all_wrong in RETURNED.items()
-    for name, wrong in all_wrong.items()
-] + [
-    pytest.param(method, how(error()), id=f"{method} raises {name}{when}")
+RAISED = {
+    f"{method} raises {name}{when}": (method, how(error()))
     for method in ("contains", "get", "put", "reserve", "scan", "touch", "delete", "close")
     for name, error in ERRORS.items()
     for how, when in ((raising, ""), (midway, " midway"))
     if how is raising or method in ("get", "scan")
+}
+GIVEN = {
+    f"{method} gives {name}": (method, wrong)
+    for method, all_wrong in RETURNED.items()
+    for name, wrong in all_wrong.items()
+}
+CASES = [
+    pytest.param(backend, *case, id=f"{backend}: {name}")
+    for name, case in {**GIVEN, **RAISED}.items()
+    for backend in ("theirs", "in-memory")
+    if case[0] != "reserve" or backend == "in-memory"
 ]
 
 
@@ -199,8 +206,7 @@ def use(cache: CacheEngine, namespace: Namespace, gather: Any, first: int = 0) -
     return loads
 
 
-@pytest.mark.parametrize("backend", ["theirs", "in-memory"])
-@pytest.mark.parametrize(("method", "wrong"), CASES)
+@pytest.mark.parametrize(("backend", "method", "wrong"), CASES)
 def test_whatever_a_backend_does_wrong_is_counted_and_nobody_elses(
     namespace: Namespace,
     gather: Any,
@@ -209,8 +215,6 @@ def test_whatever_a_backend_does_wrong_is_counted_and_nobody_elses(
     method: str,
     wrong: Callable[[Any], Any],
 ) -> None:
-    if method == "reserve" and backend == "theirs":
-        pytest.skip("is not asked of a store that is no memory")
     caplog.set_level(logging.DEBUG, "lmcache_core")
     cache = lmcache_core.open({"chunk_size": SIZE, "tiers": [{"backend": backend}]})
     with cache:

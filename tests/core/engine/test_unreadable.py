@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
 import lmcache_core
 from lmcache_core import CacheEngine, Chunk, ChunkKey, Namespace, Tensors
@@ -16,9 +17,12 @@ from lmcache_core.engine.unreadable import Unreadable
 from lmcache_core.frames import format as frame_format
 from lmcache_core.plugins import registry
 from lmcache_core.serde import BytesToBytes
+from tests.backends.redis_servers import redis_server
+from tests.servers import PATIENCE, free_port, running
 
 SIZE, CHUNKS = 4, 4
 
+Store = dict[str, Any]
 Gather = Callable[[int, Tensors], None]
 IsRight = Callable[[Chunk], bool]
 
@@ -38,9 +42,9 @@ class Turned(BytesToBytes):
 class Node:
     """An engine of a fleet: with a pipeline, perhaps a serde of its own, of a version."""
 
-    def __init__(self, path: Path, serde: Any = (), *, version: int = 1, has: tuple = ()) -> None:
+    def __init__(self, store: Store, serde: Any = (), *, version: int = 1, has: tuple = ()) -> None:
         self.version, self.has = version, has
-        self.tier = {"backend": "disk", "path": str(path), "capacity": "1MiB", "serde": serde}
+        self.tier = {**store, "name": "store", "serde": serde}
 
     def uses(
         self, namespace: Namespace, gather: Gather, is_right: IsRight
@@ -62,9 +66,27 @@ class Node:
                 assert cache.lookup(keys).chunks == first[1]
                 cache.store(namespace, keys, gather, start=first[1])
                 cache.flush(20)
-                stored = cache.stats().get(("stored", "disk"), 0)
+                stored = cache.stats().get(("stored", "store"), 0)
                 assert stored == CHUNKS - first[1]
                 return *first, cache.lookup(keys).chunks, _loaded(cache, keys, is_right)
+
+
+@pytest.fixture(scope="module")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    port = free_port()
+    with running(redis_server(tmp_path_factory.mktemp("redis"), port)):
+        yield port
+
+
+@pytest.fixture(params=["disk", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """A store that is empty, which a fleet shares."""
+    if request.param == "disk":
+        return {"backend": "disk", "path": str(tmp_path), "capacity": "1MiB"}
+    port = request.getfixturevalue("redis_port")
+    with redis.Redis(port=port) as client:
+        client.flushall()
+    return {"backend": "redis", "url": f"redis://127.0.0.1:{port}", "deadline": PATIENCE}
 
 
 def _loaded(cache: CacheEngine, keys: list[ChunkKey], is_right: IsRight) -> int:
@@ -96,7 +118,7 @@ def test_a_fleet_of_two_over_one_store(
     namespace: Namespace,
     gather: Gather,
     is_right: IsRight,
-    tmp_path: Path,
+    store: Store,
     monkeypatch: pytest.MonkeyPatch,
     one: dict[str, Any],
     two: dict[str, Any],
@@ -106,7 +128,7 @@ def test_a_fleet_of_two_over_one_store(
     """Upgrade, and rollback: each node reads what it can and replaces what it cannot."""
     monkeypatch.setenv("OLD", "0a" * 32)
     monkeypatch.setenv("NEW", "0b" * 32)
-    first, second = Node(tmp_path, **one), Node(tmp_path, **two)
+    first, second = Node(store, **one), Node(store, **two)
     assert first.uses(namespace, gather, is_right)[2:] == (CHUNKS, CHUNKS)
     assert second.uses(namespace, gather, is_right) == there
     assert second.uses(namespace, gather, is_right) == READS
@@ -118,14 +140,14 @@ def test_keys_rotate_over_one_store(
     namespace: Namespace,
     gather: Gather,
     is_right: IsRight,
-    tmp_path: Path,
+    store: Store,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The new key everywhere for reading, then for sealing; then what the old one sealed goes."""
     monkeypatch.setenv("OLD", "0a" * 32)
     monkeypatch.setenv("NEW", "0b" * 32)
     steps = [("OLD",), ("OLD", "NEW"), ("NEW", "OLD"), ("NEW",)]
-    seen = [Node(tmp_path, sealed(*names)).uses(namespace, gather, is_right) for names in steps]
+    seen = [Node(store, sealed(*names)).uses(namespace, gather, is_right) for names in steps]
     assert seen == [(0, 0, CHUNKS, CHUNKS), READS, READS, DOES_NOT]
 
 
