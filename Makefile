@@ -1,6 +1,7 @@
 # make demo   the main job on a real model, from nothing
 # make test   everything that can be checked here, from nothing
-# make soak   the long tests: all changes and all uses of all kinds of models
+# make soak   the long tests: all changes and all uses of all kinds of models; a million loads while
+#             stores fail and processes are killed, forked, interrupted (SOAK_ARGS="--minutes 5")
 # make families  which of Transformers' models are served: docs/transformers.md
 # make reliability  what each call costs while a store fails: docs/reliability.md
 # make bench  the figures in README.md
@@ -23,6 +24,7 @@ LATEST := $(TABLES) tests/connectors/transformers/test_families.py
 VLLM := .cache/vllm
 READY := $(VENV)/.ready
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 # Nothing is compiled that nobody imports, but what is imported is compiled once: pip takes minutes
 # for all files of torch and vLLM.
 PIP := python -m pip install --quiet --no-compile
@@ -40,6 +42,8 @@ test:
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(VLLM)/bin/python -m pytest -q -n 3 --dist loadgroup tests/e2e/vllm
 
 soak: $(OLDEST) $(READY)
+	sh .ci/servers
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
 	$(BIN)/python -m pytest -n 2 -m soak $(PYTEST_ARGS)
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 $(TABLES)
 

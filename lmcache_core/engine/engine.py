@@ -266,16 +266,17 @@ class CacheEngine:
         opened = self._here
         chunks = self._chunks(what, start, shared)
         try:
-            while not opened.closed and opened is self._opened:
+            while opened is self._opened:
                 with opened.calls:
-                    chunk = next(chunks, None)
+                    chunk = None if opened.closed else next(chunks, None)
                 if chunk is None:
                     break
                 yield chunk
                 del chunk
         finally:
             if opened is self._opened:
-                chunks.close()
+                with opened.calls:
+                    chunks.close()
             else:  # this is a forked child, and the rest the parent's
                 process.keep(chunks)
 
@@ -411,7 +412,10 @@ class CacheEngine:
         tokens = self.chunk_size if tokens is None else tokens
         if not 0 < tokens <= self.chunk_size:
             raise ValueError(f"{tokens} tokens; a chunk has 1 to {self.chunk_size}")
-        with self._here.calls:
+        opened = self._here
+        with opened.calls:
+            if opened.closed:
+                return 0
             return self._store(namespace, tuple(keys), gather, start, tokens)
 
     def _store(
@@ -688,22 +692,25 @@ class _Calls:
     """Who copies chunks just now: threads of our callers, whom nobody else would wait for."""
 
     def __init__(self) -> None:
-        self._threads: set[int] = set()
+        self._now: dict[int, object] = {}
+        """By thread, another object for each call."""
 
     def __repr__(self) -> str:
-        return f"<_Calls: {len(self._threads)} threads>"
+        return f"<_Calls: {len(self._now)} threads>"
 
     def __enter__(self) -> None:
-        self._threads.add(threading.get_ident())
+        self._now[threading.get_ident()] = object()
 
     def __exit__(self, *_: object) -> None:
-        self._threads.discard(threading.get_ident())
+        self._now.pop(threading.get_ident(), None)
 
     def wait(self, seconds: float) -> None:
-        """Wait until they are through."""
-        end = time.monotonic() + seconds
-        while self._threads & sys._current_frames().keys() and time.monotonic() < end:
+        """Wait until those that are under way are through."""
+        left, end = self._now.copy(), time.monotonic() + seconds
+        while left and time.monotonic() < end:
             time.sleep(0.001)
+            alive = sys._current_frames()
+            left = {n: call for n, call in left.items() if self._now.get(n) is call and n in alive}
 
 
 def _close(opened: _Opened) -> None:
@@ -715,7 +722,8 @@ def _close(opened: _Opened) -> None:
     """
     if process.ends():
         opened.close()
-        return opened.calls.wait(process.EXIT_SECONDS)
+        opened.calls.wait(process.EXIT_SECONDS)
+        return HOST.end(process.EXIT_SECONDS)
     if not _is_inside():
         return opened.close()
     thread = start_thread(opened.close, "lmcache-close")

@@ -11,9 +11,12 @@ import contextlib
 import ctypes
 import itertools
 import mmap
+import sys
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +25,18 @@ POOL_BYTES = 256 << 20
 """Free memory that the pool keeps for reuse."""
 WARM_BYTES, WARM_BUFFERS = 64 << 20, 64
 """The most that is touched before anybody needs it."""
+
+
+_FEW = 256
+"""Buffers that are lent out, for which it is not worth to look whether they still are."""
+
+
+class _Lent(weakref.ref[Any]):
+    """A buffer that is lent out."""
+
+    __slots__ = ("pages", "size")
+    size: int
+    pages: mmap.mmap
 
 
 class HostBuffers:
@@ -37,6 +52,9 @@ class HostBuffers:
         self._keep = keep
         self._free: dict[int, deque[mmap.mmap]] = {}
         """By size; those that came back last are at the end."""
+        self._lent: dict[int, _Lent] | None = {}
+        """By identity; None when nothing is to come back any more."""
+        self._sweep_at = _FEW
 
     def allocate(self, nbytes: int) -> memoryview:
         """A buffer of `nbytes` bytes, contents undefined, owned by its views.
@@ -52,8 +70,34 @@ class HostBuffers:
         pages = self._take(size) or _map(size)
         # A ctypes array is an exporter that can be watched: views hold it, and only it.
         owner = (ctypes.c_ubyte * nbytes).from_buffer(pages)
-        weakref.finalize(owner, self._give, size, pages).atexit = False
+        if self._lent is not None:
+            lent = _Lent(owner, self._back)
+            lent.size, lent.pages = size, pages
+            self._lent[id(lent)] = lent
+            if len(self._lent) > self._sweep_at:
+                self._sweep()
         return memoryview(owner).cast("B")
+
+    def end(self, seconds: float) -> None:
+        """Take nothing back any more: the interpreter ends. What runs when a tensor dies runs
+        within C++, where the end aborts when it stops a thread in a line of Python. Waits for
+        threads that are in such a line."""
+        self._lent = None
+        end = time.monotonic() + seconds
+        while _takes_back() and time.monotonic() < end:
+            time.sleep(0.001)
+
+    def _back(self, lent: _Lent) -> None:
+        """A buffer's last view is gone."""
+        if self._lent is not None and self._lent.pop(id(lent), None) is lent:
+            self._give(lent.size, lent.pages)
+
+    def _sweep(self) -> None:
+        """Take back what an interrupt kept from coming back."""
+        for lent in list((self._lent or {}).values()):
+            if lent() is None:
+                self._back(lent)
+        self._sweep_at = _FEW + 2 * len(self._lent or ())
 
     def warm(self, sizes: Sequence[int]) -> None:
         """Get buffers of these sizes in bytes, in turn, from the system, to wait for use. That
@@ -97,6 +141,17 @@ class HostBuffers:
                 return size
             self._free.pop(size, None)
         return 0
+
+
+def _takes_back() -> bool:
+    """Whether a thread is in the middle of taking a buffer back."""
+    frames = list(sys._current_frames().values())
+    while frames:
+        frame = frames.pop()
+        if frame.f_code is HostBuffers._back.__code__:
+            return True
+        frames += [frame.f_back] if frame.f_back else []
+    return False
 
 
 def _round_up(nbytes: int) -> int:
