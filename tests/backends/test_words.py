@@ -136,6 +136,18 @@ def test_a_no_to_a_login_is_for_good_unless_it_passes(answer: bytes, kind: type[
             assert answer.decode()[1:].strip() in str(error)
 
 
+def test_a_server_that_knows_no_users_has_the_password_alone() -> None:
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while got := connection.recv(1 << 16):
+                refused = b"-ERR wrong number of arguments for 'auth' command\r\n"
+                connection.sendall(refused if b"someone" in got else b"+OK\r\n")
+                connection.sendall(b"+PONG\r\n" * got.count(b"PING"))
+
+    with listening(serve) as port:
+        assert str(said(redis(port, login="someone:secret@"))) == "nothing"
+
+
 @pytest.mark.parametrize(
     "open_backend",
     [

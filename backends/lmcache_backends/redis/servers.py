@@ -49,6 +49,8 @@ _DIALS = 16
 _FOR_GOOD = ("NOAUTH", "WRONGPASS", "NOPERM", "DENIED")
 _FOR_NOW = ("LOADING", "BUSY", "MASTERDOWN", "ERR max number of clients")
 """As errors begin that will not change, and those that a login may bring and that will."""
+_KNOWS_NO_USERS = "wrong number of arguments for 'auth'"
+"""What a server says, before Redis 6, that has passwords and no users."""
 
 
 class Url(NamedTuple):
@@ -341,6 +343,15 @@ class Dial:
         self, address: Address, transfer: Transfer, *, sentinel: bool = False
     ) -> RedisConnection:
         """A connection. Raises Refused where the server says no."""
+        login, db = self._sentinel if sentinel else self._master
+        try:
+            return self._made(address, transfer, login, db)
+        except Refused as error:
+            if not login.username or _KNOWS_NO_USERS not in str(error):
+                raise
+        return self._made(address, transfer, login._replace(username=""), db)
+
+    def _made(self, address: Address, transfer: Transfer, login: Login, db: int) -> RedisConnection:
         place = {"host": address.host, "port": address.port}
         if not address.port:
             look_at_socket(address.host)
@@ -354,7 +365,7 @@ class Dial:
             self._threads.call(connection.connect, transfer)
             made = RedisConnection(address, connection)
             made.use(transfer, transfer.timeout)
-            made.greet(*(self._sentinel if sentinel else self._master))
+            made.greet(login, db)
         except Exception as error:
             connection.disconnect()  # which ends the thread
             raise self._translated(error, address) from None
