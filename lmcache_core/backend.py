@@ -23,7 +23,7 @@ from lmcache_core.plugins.options import Options
 from lmcache_core.plugins.registry import component
 from lmcache_core.plugins.secrets import masked
 from lmcache_core.plugins.units import Duration, LocalPath, Size, unquoted
-from lmcache_core.policy.eviction import EvictionPolicy
+from lmcache_core.policy.eviction import EvictionPolicy, Hint
 from lmcache_core.policy.index import Index
 from lmcache_core.policy.lru import LRU
 from lmcache_core.policy.named import Tenants, eviction_policy
@@ -40,6 +40,7 @@ __all__ = [
     "DeadlineExceeded",
     "Duration",
     "EvictionPolicy",
+    "Hint",
     "Index",
     "LocalPath",
     "Options",
@@ -50,6 +51,7 @@ __all__ = [
     "StorageBackend",
     "StorageError",
     "Stored",
+    "SupportsHint",
     "SupportsReserve",
     "SupportsScan",
     "Tenants",
@@ -180,6 +182,14 @@ class SupportsScan(Protocol):
 
     def scan(self, transfer: Transfer) -> Iterator[Stored]:
         """Every whole frame that is there, in any order."""
+
+
+@runtime_checkable
+class SupportsHint(Protocol):
+    """A backend whose eviction can use what a caller knows of a sequence."""
+
+    def hint(self, keys: Sequence[ChunkKey], hint: Hint, transfer: Transfer) -> None:
+        """How the sequence goes on. May be wrong: it may cost these chunks, and no others."""
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from typing import TypeVar
 from lmcache_core.backend import (
     Buffers,
     ChunkKey,
+    Hint,
     Index,
     Options,
     Size,
@@ -129,6 +130,10 @@ class LocalCpuBackend(StorageBackend):
 
     def touch(self, keys: Sequence[ChunkKey], transfer: Transfer) -> None:
         self._change(transfer, lambda index: index.policy.touched(keys))
+
+    def hint(self, keys: Sequence[ChunkKey], hint: Hint, transfer: Transfer) -> None:
+        with self._lock:
+            self._index.policy.hint(keys, hint)
 
     def close(self) -> None:
         self._index = self._empty()

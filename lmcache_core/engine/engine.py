@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
+from lmcache_core.backend import Hint
 from lmcache_core.config.loading import load
 from lmcache_core.config.models import Config, TierConfig
 from lmcache_core.engine import contents, removal
@@ -513,6 +514,17 @@ class CacheEngine:
             return indices
         present, _ = self._tiers[0].contains(keys[start:])
         return [i for i, there in zip(indices, present, strict=True) if not there]
+
+    def hint(self, keys: Sequence[ChunkKey], hint: Hint) -> None:
+        """Tell what nobody but the caller knows of a sequence: its chat is over ("done"), its chat
+        waits for a tool and goes on soon ("waiting"), or it is a batch job's and comes no more
+        ("once").
+
+        A full store lets go first of what is over, as far as no other sequence shares it. A wrong
+        hint costs a miss.
+        """
+        for tier in self._tiers:
+            tier.hint(tuple(keys), hint)
 
     def invalidate(self, keys: Sequence[ChunkKey]) -> Removal:
         """Remove these chunks from every tier, with what waits to be written of them.

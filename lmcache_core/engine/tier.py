@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
-from lmcache_core.backend import StorageBackend, SupportsReserve, SupportsScan
+from lmcache_core.backend import Hint, StorageBackend, SupportsHint, SupportsReserve, SupportsScan
 from lmcache_core.backend import Stored as Scanned
 from lmcache_core.config.models import TierConfig
 from lmcache_core.engine import contract
@@ -385,6 +385,12 @@ class Tier:
         """A store passed along the sequence."""
         if not self._writer.behind:
             self._soon("touch", lambda transfer: self._backend.touch(keys, transfer))
+
+    def hint(self, keys: tuple[ChunkKey, ...], hint: Hint) -> None:
+        """The caller knows how the sequence goes on."""
+        backend = self._opened
+        if isinstance(backend, SupportsHint):
+            self._soon("touch", lambda transfer: backend.hint(keys, hint, transfer))
 
     def _soon(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
         """Tell the store something; memory at once, others after what waits to be written, unless

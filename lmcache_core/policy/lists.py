@@ -121,8 +121,8 @@ class Lists(Generic[V]):
             self._lower(slot)
 
     def cool(self, sequence: Sequence[ChunkKey]) -> None:
-        """Take a sequence to the old end, as if it had never been used: from its leaf up to the
-        first chunk that other sequences go on from."""
+        """Take a sequence to the old end of the lowest list, as if it had never been used: from its
+        leaf up to the first chunk that other sequences go on from."""
         alone: list[int] = []
         child = 0
         for key in reversed(sequence):
@@ -135,8 +135,7 @@ class Lists(Generic[V]):
         for slot in reversed(alone):
             self._take(slot)
             self.at[slot] = 0
-            number = self.list[slot]
-            self._insert(slot, number, self._younger[number])
+            self._insert(slot, 0, self._younger[0])
         self._second = _SEARCH
 
     def follow(self, slot: int, parent: int, to: int) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from lmcache_core.kv.keys import ChunkKey
-from lmcache_core.policy.eviction import EvictionPolicy
+from lmcache_core.policy.eviction import EvictionPolicy, Hint
 from lmcache_core.policy.index import Index
 
 
@@ -51,6 +51,10 @@ class Simulator:
         outcome.chunks += len(sequence)
         outcome.hits += hits
         return hits
+
+    def hint(self, sequence: Sequence[ChunkKey], hint: Hint) -> None:
+        """What a caller tells after a request."""
+        self._index.policy.hint(sequence, hint)
 
     def _store(self, sequence: Sequence[ChunkKey], hits: int) -> None:
         stored = 0
