@@ -28,7 +28,7 @@ CLASSES = USES * CHATS
 """A class is CHATS * (uses - 1) + (chat - 1)."""
 _LENGTHS = 8
 """Times the store's content for which evicted chunks are remembered."""
-_EVERY = 4096
+_EVERY = 3072
 """Uses between two tables of ranks, or a quarter of the store's content if that is more."""
 _BEHIND = 0.0005
 """Part of all uses by which hits may lag behind LRU's before LRU rules."""

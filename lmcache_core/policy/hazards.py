@@ -1,6 +1,6 @@
 """Hazards: how soon chunks of each class are used again, counted as the store runs.
 
-An *episode* begins with a use of a chunk and ends with its next one, or is given up after 16 times
+An *episode* begins with a use of a chunk and ends with its next one, or is given up after 8 times
 what the store holds. From the episodes of one key in 2^n, whatever has become of their chunks,
 follows for each class and age the hazard of a return, and from the hazards the Gittins index: the
 most returns for the room taken that keeping a chunk of this class and age from now on can give
@@ -23,9 +23,9 @@ _SAMPLE = 8192
 """Episodes that are followed at a time."""
 _FINEST = 16
 """One key in 2^16 is the least to be followed: for 33 million chunks."""
-_LENGTHS = 16
+_LENGTHS = 8
 """Times the store's content for which an episode is followed."""
-_HALF_LIFE = 1 << 16
+_HALF_LIFE = 1 << 14
 """Uses of chunks after which an episode counts half, or 8 times the store's content if more."""
 _PRIOR = 64.0
 """Episodes of the average class that each class is taken to have had already."""

@@ -43,7 +43,7 @@ class EvictionConformance:
 
     policy: ClassVar[Any]
     bytes_a_chunk: ClassVar[int] = 300
-    """Memory that the policy may take for each chunk, its key included."""
+    """Memory that the policy may take for each of 20,000 chunks, its key included."""
 
     def test_it_knows_what_is_there_and_how_large(self) -> None:
         policy = self.policy(1000)
@@ -145,7 +145,7 @@ class EvictionConformance:
         return _Counted.seen / chunks
 
     def test_memory_a_chunk(self) -> None:
-        chunks = 10_000
+        chunks = 20_000
         gc.collect()
         tracemalloc.start()
         before, _ = tracemalloc.get_traced_memory()
