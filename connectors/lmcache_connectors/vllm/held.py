@@ -22,8 +22,13 @@ _MEMORY = ("kv_cache",)
 """Attributes that hold KV, not weights."""
 _TORCH = frozenset(vars(torch.nn.Module()))
 """What torch keeps of every module itself: its parameters and buffers are asked for by name."""
-_RELOADING = ("_do_torchao_reload", "_original_do_torchao_reload")
-"""What vLLM notes on a model while it reloads weights, and leaves there."""
+_VLLMS = (
+    *("_do_torchao_reload", "_original_do_torchao_reload"),  # while it reloads weights
+    *("compiled", "first_compile", "_compiled_callable"),
+    *("aot_compiled_fn", "was_aot_compile_fn_loaded_from_disk"),
+)
+"""What vLLM notes on a module of what it has done with it, and of where it has it compiled from."""
+_NOT_READ = frozenset((*_MEMORY, *_TORCH, *_VLLMS))
 _NUMBERS = (float, bool)
 _HELPERS = ("vllm.model_executor.", "vllm.v1.attention.")
 """Packages whose objects help modules, and hold weights for them."""
@@ -100,7 +105,7 @@ class _Walk:
             yield from ((f"{path}.{key}", each) for key, each in module._parameters.items())
             yield from ((f"{path}.{key}", each) for key, each in module._buffers.items())
             for key, value in vars(module).items() if not _of_lora(module) else ():
-                if key not in _TORCH and key not in _MEMORY and key not in _RELOADING:
+                if key not in _NOT_READ:
                     yield from self.value(f"{path}.{key}", value)
                     yield from self._helper(f"{path}.{key}", value)
                     if function := function_digest(value):

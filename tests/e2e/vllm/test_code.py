@@ -144,3 +144,15 @@ def test_code_that_came_from_no_file_turns_it_off(
         assert ask(llm, prompt(200))[1] == 0
         assert "code that came from no file (typed)" in caplog.text
         assert connector(llm)._scheduler._ranks == []
+
+
+def test_what_vllm_notes_of_compiling_is_no_part_of_it(llama: Path, disk: dict[str, Any]) -> None:
+    def noted(model: Any) -> None:
+        model.model.was_aot_compile_fn_loaded_from_disk = True  # as in a process after the first
+        model.model.compiled = True
+        model.model.aot_compiled_fn = lambda *_: None
+
+    with engine(llama, disk) as llm:
+        first = known_as(llm)
+        llm.apply_model(noted)
+        assert known_as(llm) == first
