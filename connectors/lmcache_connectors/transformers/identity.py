@@ -6,6 +6,7 @@ are read every time. Two equal identities compute the same KV from the same toke
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from typing import Any, NamedTuple
@@ -60,7 +61,9 @@ class Observer:
         for tensor, digest in zip(walk.tensors, digests, strict=True):
             part = tensor.device.type.encode() + digest
             whole.update(part)
-            frame.update(_form(tensor) if isinstance(tensor, torch.nn.Parameter) else part)
+            if isinstance(tensor, torch.nn.Parameter):
+                part = _form(tensor.device, tensor.dtype, tensor.shape)
+            frame.update(part)
         for buffer in walk.buffers:
             digest = xxhash.xxh3_128_digest(np.ascontiguousarray(buffer).view(np.uint8).data)
             whole.update(digest)
@@ -80,8 +83,9 @@ def _holds(environment: dict[str, str | None]) -> bool:
     return all(os.environ.get(name) == value for name, value in environment.items())
 
 
-def _form(tensor: torch.Tensor) -> bytes:
-    return f"{tensor.device} {tensor.dtype} {tensor.shape}".encode()
+@functools.lru_cache(maxsize=1024)
+def _form(device: torch.device, dtype: torch.dtype, shape: torch.Size) -> bytes:
+    return f"{device} {dtype} {list(shape)}".encode()
 
 
 def _world(model: torch.nn.Module) -> bytes:
