@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmcache_core.io import process
+
 POOL_BYTES = 256 << 20
 """Free memory that the pool keeps for reuse."""
 WARM_BYTES, WARM_BUFFERS = 64 << 20, 64
@@ -70,34 +72,39 @@ class HostBuffers:
         pages = self._take(size) or _map(size)
         # A ctypes array is an exporter that can be watched: views hold it, and only it.
         owner = (ctypes.c_ubyte * nbytes).from_buffer(pages)
-        if self._lent is not None:
+        table = self._lent
+        if table is None:
+            process.keep(pages)
+        else:
             lent = _Lent(owner, self._back)
             lent.size, lent.pages = size, pages
-            self._lent[id(lent)] = lent
-            if len(self._lent) > self._sweep_at:
-                self._sweep()
+            table[id(lent)] = lent
+            if len(table) > self._sweep_at:
+                self._sweep(table)
         return memoryview(owner).cast("B")
 
     def end(self, seconds: float) -> None:
-        """Take nothing back any more: the interpreter ends. What runs when a tensor dies runs
-        within C++, where the end aborts when it stops a thread in a line of Python. Waits for
-        threads that are in such a line."""
-        self._lent = None
+        """Take nothing back and unmap nothing any more: the interpreter ends. What runs when a
+        tensor dies runs within C++, where the end aborts when it stops a thread that waits for its
+        turn in Python. Waits for threads that are in the middle of that."""
+        lent, self._lent = self._lent, None
+        process.keep([each.pages for each in list((lent or {}).values())])
         end = time.monotonic() + seconds
         while _takes_back() and time.monotonic() < end:
             time.sleep(0.001)
 
     def _back(self, lent: _Lent) -> None:
         """A buffer's last view is gone."""
-        if self._lent is not None and self._lent.pop(id(lent), None) is lent:
+        table = self._lent
+        if table is not None and table.pop(id(lent), None) is lent:
             self._give(lent.size, lent.pages)
 
-    def _sweep(self) -> None:
+    def _sweep(self, table: dict[int, _Lent]) -> None:
         """Take back what an interrupt kept from coming back."""
-        for lent in list((self._lent or {}).values()):
+        for lent in list(table.values()):
             if lent() is None:
                 self._back(lent)
-        self._sweep_at = _FEW + 2 * len(self._lent or ())
+        self._sweep_at = _FEW + 2 * len(table)
 
     def warm(self, sizes: Sequence[int]) -> None:
         """Get buffers of these sizes in bytes, in turn, from the system, to wait for use. That
