@@ -27,8 +27,8 @@ ALONE = {"AdaLora", "OSF", "Frod"}
 """They take one adapter."""
 NOT_MERGED = {"Beft", "Lily", "OSF"}
 """They cannot be merged, or not unmerged."""
-REFUSED: set[str] = set()
-"""One builds C++ at run time; the other looks at all tokens before it treats the first."""
+REFUSED = {"Lily"}
+"""It looks at all tokens before it treats the first: the mean of what its router says."""
 
 
 def _tuned(model: Any, kind: str, **more: Any) -> Any:
