@@ -75,7 +75,7 @@ class Program:
             work(self._cache, 0 if work == self.load else turn)
 
 
-def ends(tmp_path: Path, exits: int) -> None:
+def ends(tmp_path: Path, exits: int, kinds: int) -> None:
     disk = {"backend": "disk", "path": str(tmp_path), "capacity": "64MiB", "queue": "8MiB"}
     memory = {"backend": "local_cpu", "capacity": "4MiB"}
     programs = [
@@ -84,17 +84,17 @@ def ends(tmp_path: Path, exits: int) -> None:
     ]
     chance = random.Random(1)
     for number in range(exits):
-        program = programs[number % 2]
-        if number < 2:
+        program = programs[number % kinds]
+        if number < kinds:
             program.fill()
         status = exit_status(program.start, chance.uniform(0.01, 0.1))
         assert status == 0, f"exit {number}: {status}"
 
 
 def test_it_does_not_abort(tmp_path: Path) -> None:
-    ends(tmp_path, 4)
+    ends(tmp_path, 4, kinds=1)
 
 
 @pytest.mark.soak
 def test_it_does_not_abort_in_200(tmp_path: Path) -> None:
-    ends(tmp_path, 200)
+    ends(tmp_path, 200, kinds=2)
