@@ -19,7 +19,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import lmcache_core
-from lmcache_core import ChunkKey, KVLayout, LayerGroup, known, unverified
+from lmcache_core import ChunkKey, KVLayout, LayerGroup, unverified
+from lmcache_core.connector import known
 from lmcache_core.policy import traces
 from lmcache_core.policy.named import eviction_policy
 from lmcache_core.policy.simulator import Simulator

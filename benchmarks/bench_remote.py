@@ -28,8 +28,8 @@ from bench_tiers import machine, timed
 from rich.console import Console
 from rich.table import Table
 
-from lmcache_core import ChunkKey, StorageBackend, component
-from lmcache_core.backend import Transfer
+from lmcache_core import ChunkKey
+from lmcache_core.backend import StorageBackend, Transfer, component
 from tests.backends.redis_servers import redis_server
 from tests.backends.test_memcached import memcached_server
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server

@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache
 
-from lmcache_core import Chunk, DaemonPool, KVLayout, LayerGroup, Namespace, component, unverified
+from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, unverified
+from lmcache_core.backend import DaemonPool, component
 from lmcache_core.engine.tier import ENCODERS
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline

@@ -25,7 +25,7 @@ import torch
 from bench_tiers import console, machine
 from rich.table import Table
 
-from lmcache_core import tensor_digests
+from lmcache_core.connector import tensor_digests
 
 ROOT = Path(__file__).parents[1]
 PIECE = 64 << 20

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from lmcache_sqlite import SqliteBackend, SqliteOptions
 
-from lmcache_core import ChunkKey, StorageBackend
+from lmcache_core import ChunkKey
+from lmcache_core.backend import StorageBackend
 from lmcache_core.testing import BackendConformance
 
 

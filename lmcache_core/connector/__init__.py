@@ -17,8 +17,11 @@ from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.device import pooled_empty, record_event, side_stream
 from lmcache_core.io.process import freed_in_children
 from lmcache_core.io.threads import run_threads_on, start_thread
+from lmcache_core.kv.content import combined_digest, tensor_digests
 from lmcache_core.kv.filling import whole
+from lmcache_core.kv.namespace import tenant_digest
 from lmcache_core.plugins.log import LOG
+from lmcache_core.plugins.registry import known
 
 __all__ = [
     "LOG",
@@ -30,6 +33,7 @@ __all__ = [
     "Rows",
     "Steps",
     "chunk_ends",
+    "combined_digest",
     "config_digest",
     "depends_on_length",
     "environment_is_set",
@@ -37,6 +41,7 @@ __all__ = [
     "freed_in_children",
     "go_on_without",
     "is_strict",
+    "known",
     "longest",
     "pooled_empty",
     "read_config",
@@ -47,5 +52,7 @@ __all__ = [
     "side_stream",
     "start_thread",
     "strict_requested",
+    "tenant_digest",
+    "tensor_digests",
     "whole",
 ]

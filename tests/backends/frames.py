@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lmcache_core import ChunkKey, StorageBackend, StorageError
-from lmcache_core.backend import Stored, SupportsScan, Transfer
+from lmcache_core import ChunkKey
+from lmcache_core.backend import StorageBackend, Stored, SupportsScan, Transfer
+from lmcache_core.errors import StorageError
 
 LONG = 20.0
 SHORT = 0.3

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import pytest
 
-from lmcache_core import StorageBackend, StorageError
-from lmcache_core.backend import Refused, Transfer
+from lmcache_core.backend import Refused, StorageBackend, Transfer
+from lmcache_core.errors import StorageError
 from lmcache_core.testing import no_leaks
 from tests.backends.frames import (
     LONG,

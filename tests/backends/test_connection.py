@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from lmcache_backends._net.connection import Connection, Pool
 from lmcache_backends._net.options import Address
-from lmcache_core import StorageError
 from lmcache_core.backend import Transfer
+from lmcache_core.errors import StorageError
 from lmcache_core.io.transfer import SLOWEST
 from tests.certificates import Authority
 from tests.servers import eventually

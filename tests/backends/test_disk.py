@@ -25,8 +25,9 @@ import pytest
 
 from lmcache_backends.disk import DiskBackend, DiskOptions
 from lmcache_backends.disk.place import File, Place
-from lmcache_core import ChunkKey, ConfigError, StorageBackend, StorageError
-from lmcache_core.backend import Transfer
+from lmcache_core import ChunkKey, ConfigError
+from lmcache_core.backend import StorageBackend, Transfer
+from lmcache_core.errors import StorageError
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
 from tests.backends.frames import Into, key, scan
 from tests.system import as_user, masked_by, mounted, needs_root

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from lmcache_backends.local_cpu import LocalCpuBackend, LocalCpuOptions
-from lmcache_core import ChunkKey, StorageBackend, UnknownComponent
-from lmcache_core.backend import Transfer
+from lmcache_core import ChunkKey
+from lmcache_core.backend import StorageBackend, Transfer
+from lmcache_core.errors import UnknownComponent
 from lmcache_core.testing import SMALL, BackendConformance
 from tests.backends.frames import Into
 

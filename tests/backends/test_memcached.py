@@ -16,8 +16,9 @@ from pymemcache.client.base import Client
 
 import lmcache_core
 from lmcache_backends.memcached.backend import MemcachedBackend, MemcachedOptions
-from lmcache_core import ChunkKey, ConfigError, StorageBackend
-from lmcache_core.backend import Refused, Transfer
+from lmcache_core import ChunkKey, ConfigError
+from lmcache_core.backend import Refused, StorageBackend, Transfer
+from lmcache_core.errors import StorageError
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
     LONG,
@@ -417,7 +418,7 @@ def test_all_servers_lost_is_a_failure(three: list[tuple[int, Server]]) -> None:
     for _, server in three:
         server.kill()
     for _ in range(3):
-        with pytest.raises((lmcache_core.StorageError, OSError)):
+        with pytest.raises((StorageError, OSError)):
             here(backend, *range(60), timeout=SHORT)
         assert not works(backend)
     for _, server in three:

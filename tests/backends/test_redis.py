@@ -18,8 +18,9 @@ from redis.retry import Retry
 
 import lmcache_core
 from lmcache_backends.redis.backend import PIECE, RedisBackend, RedisOptions
-from lmcache_core import ChunkKey, ConfigError, StorageBackend
-from lmcache_core.backend import Refused, Transfer
+from lmcache_core import ChunkKey, ConfigError
+from lmcache_core.backend import Refused, StorageBackend, Transfer
+from lmcache_core.errors import StorageError
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
     LONG,
@@ -303,7 +304,7 @@ def test_kill_9_in_the_middle_of_a_store(server: tuple[int, Server]) -> None:
         process.kill()
         yield memoryview(value(2, 4 << 20))
 
-    with pytest.raises((lmcache_core.StorageError, OSError)):
+    with pytest.raises((StorageError, OSError)):
         backend.put([(key(1), Lazy(dying(), 2, 8 << 20))], [key(1)], Transfer(LONG))  # type: ignore[list-item]
     process.start()
     assert here(backend, 1) == [False]
@@ -364,7 +365,7 @@ def test_garbage_is_an_error_or_stays_within_its_value(proxy: Proxy) -> None:
         try:
             for i, parts in backend.get(keys(*range(6)), Transfer(0.2)):
                 got[i] = b"".join(parts)
-        except (lmcache_core.StorageError, OSError, MemoryError):
+        except (StorageError, OSError, MemoryError):
             pass
         for n, v in got.items():
             same = sum(a == b for a, b in zip(v, value(n, 3000), strict=False))
@@ -421,7 +422,7 @@ def test_a_replica_serves_loads_and_refuses_stores(tmp_path: Path) -> None:
         writing, reading = opener(master)(), opener(replica)()
         put(writing, 1)
         eventually(lambda: here(reading, 1) == [True])
-        with pytest.raises(lmcache_core.StorageError, match="READONLY"):
+        with pytest.raises(StorageError, match="READONLY"):
             put(reading, 2)
         assert everything(reading, 1)
         writing.close()
@@ -515,7 +516,7 @@ def test_a_client_that_the_server_does_not_trust(
     port, authority = tls
     mine = Authority(tmp_path, "stranger").issue("client")
     files = {"cert": mine.cert, "key": mine.key} if stranger else {}
-    with pytest.raises((lmcache_core.StorageError, OSError)):
+    with pytest.raises((StorageError, OSError)):
         greet(opener(url=f"rediss://localhost:{port}", tls={"ca": authority.ca, **files}))
 
 
@@ -672,9 +673,9 @@ def test_a_node_that_dies_and_comes_back(tmp_path: Path) -> None:
         put(backend, *range(30))
         _, process = nodes[0]
         process.kill()
-        with pytest.raises((lmcache_core.StorageError, OSError)):
+        with pytest.raises((StorageError, OSError)):
             here(backend, *range(30), timeout=SHORT)
-        with pytest.raises((lmcache_core.StorageError, OSError)):
+        with pytest.raises((StorageError, OSError)):
             backend.ping(Transfer(SHORT))
         process.start()
         eventually(lambda: any(here(backend, *range(30), timeout=SHORT)))
@@ -685,7 +686,7 @@ def test_a_node_that_dies_and_comes_back(tmp_path: Path) -> None:
 
 def test_a_cluster_that_is_taken_for_a_server_says_what_to_do(nodes: list[int]) -> None:
     backend = opener(nodes[0])()
-    with pytest.raises(lmcache_core.StorageError, match="cluster: true"):
+    with pytest.raises(StorageError, match="cluster: true"):
         here(backend, *range(10))
     backend.close()
 

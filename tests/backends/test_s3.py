@@ -21,17 +21,10 @@ import pytest
 import lmcache_core
 from lmcache_backends.s3 import backend as s3
 from lmcache_backends.s3.backend import S3Backend, S3Options
-from lmcache_core import (
-    ChunkKey,
-    ConfigError,
-    KVLayout,
-    LayerGroup,
-    StorageError,
-    Tensors,
-    unverified,
-)
+from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, Tensors, unverified
 from lmcache_core.backend import Refused, Transfer
 from lmcache_core.config.loading import load as load_config
+from lmcache_core.errors import StorageError
 from lmcache_core.testing import BackendConformance, no_leaks
 from tests.backends.frames import (
     LONG,

@@ -32,17 +32,9 @@ import lmcache_core
 from lmcache_backends.shm import segment as _segment
 from lmcache_backends.shm.__main__ import main
 from lmcache_backends.shm.backend import FREE, GONE, RESERVED, WHOLE, ShmBackend, ShmOptions
-from lmcache_core import (
-    ChunkKey,
-    ConfigError,
-    DeadlineExceeded,
-    KVLayout,
-    LayerGroup,
-    StorageBackend,
-    StorageError,
-    unverified,
-)
-from lmcache_core.backend import Transfer
+from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, unverified
+from lmcache_core.backend import StorageBackend, Transfer
+from lmcache_core.errors import DeadlineExceeded, StorageError
 from lmcache_core.testing import SMALL, BackendConformance, no_leaks
 from tests.backends.frames import Into, scan
 from tests.system import as_user, masked_by, needs_root

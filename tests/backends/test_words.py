@@ -18,8 +18,8 @@ import pytest
 from lmcache_backends.memcached import MemcachedBackend, MemcachedOptions
 from lmcache_backends.redis import RedisBackend, RedisOptions
 from lmcache_backends.s3 import S3Backend, S3Options
-from lmcache_core import StorageBackend, StorageError
-from lmcache_core.backend import Refused, Transfer
+from lmcache_core.backend import Refused, StorageBackend, Transfer
+from lmcache_core.errors import StorageError
 from tests.certificates import Authority
 from tests.system import needs_root
 

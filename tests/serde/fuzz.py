@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from lmcache_core import Chunk, FrameError, KVLayout, LayerGroup, component
+from lmcache_core import Chunk, KVLayout, LayerGroup
+from lmcache_core.backend import component
+from lmcache_core.errors import FrameError
 from lmcache_core.frames import frame
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.testing import make_chunk

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, component, unverified
+from lmcache_core import Chunk, KVLayout, LayerGroup, Namespace, unverified
+from lmcache_core.backend import component
 from lmcache_core.frames import frame as frames
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.kv.layout import DTYPES

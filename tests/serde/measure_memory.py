@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lmcache_core import Chunk, KVLayout, LayerGroup, component
+from lmcache_core import Chunk, KVLayout, LayerGroup
+from lmcache_core.backend import component
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.io.memory import HOST

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 
-from lmcache_core import Chunk, FrameError, KVLayout, LayerGroup, Serde, component
+from lmcache_core import Chunk, KVLayout, LayerGroup
+from lmcache_core.backend import component
+from lmcache_core.errors import FrameError
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.serde import Serde
 from lmcache_core.testing import make_chunk
 from lmcache_core.testing.frames import forged, read_head, read_header
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from lmcache_core import Serde, load_config
+from lmcache_core import load_config
 from lmcache_core.plugins import registry as components
+from lmcache_core.serde import Serde
 from lmcache_core.testing import SerdeConformance
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serdes.md").read_text()

@@ -10,18 +10,13 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 import lmcache_core
-from lmcache_core import (
-    Chunk,
-    ConfigError,
-    FrameError,
-    Namespace,
-    Serde,
-    component,
-    tenant_digest,
-    unverified,
-)
+from lmcache_core import Chunk, ConfigError, Namespace, unverified
+from lmcache_core.backend import component
+from lmcache_core.connector import tenant_digest
+from lmcache_core.errors import FrameError
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
+from lmcache_core.serde import Serde
 from lmcache_core.testing import SerdeConformance, make_chunk, tiny_layout
 from lmcache_core.testing.frames import forged
 from lmcache_serde import encrypt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_core import known
+from lmcache_core.connector import known
 from lmcache_core.frames import frame as frames
 from tests.serde import make_golden
 

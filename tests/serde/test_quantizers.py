@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from lmcache_core import KVLayout, LayerGroup, LayoutError, Serde, component
+from lmcache_core import KVLayout, LayerGroup, LayoutError
+from lmcache_core.backend import component
 from lmcache_core.frames.frame import decode, encode
 from lmcache_core.frames.pipeline import Pipeline
-from lmcache_core.serde import ChunkInfo
+from lmcache_core.serde import ChunkInfo, Serde
 from lmcache_core.testing import SerdeConformance, make_chunk, random_tensors, tiny_layout
 from lmcache_serde.coded import Coded
 from lmcache_serde.fp8 import Fp8

@@ -7,7 +7,8 @@ import torch
 import zstandard
 from safetensors.torch import load
 
-from lmcache_core import Serde, TensorSpec, byte_view
+from lmcache_core import TensorSpec
+from lmcache_core.serde import Serde, byte_view
 from lmcache_core.testing import SerdeConformance, random_tensors, tiny_layout
 from lmcache_serde.raw import Raw
 from lmcache_serde.safetensors import Safetensors

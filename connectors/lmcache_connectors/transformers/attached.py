@@ -20,16 +20,8 @@ from lmcache_connectors.transformers.layers import Pair, columns_of, filled, not
 from lmcache_connectors.transformers.refusal import NotCacheable, described
 from lmcache_connectors.transformers.shape import Layers, Shape
 from lmcache_connectors.transformers.trial import Trial
-from lmcache_core import (
-    CacheEngine,
-    ConfigError,
-    Hit,
-    Tensors,
-    Weights,
-    copy_exact,
-    tenant_digest,
-)
-from lmcache_core.connector import whole
+from lmcache_core import CacheEngine, ConfigError, Hit, Tensors, Weights, copy_exact
+from lmcache_core.connector import tenant_digest, whole
 
 log = logging.getLogger("lmcache_core")
 

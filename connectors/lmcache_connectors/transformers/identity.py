@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lmcache_connectors.transformers.refusal import NotCacheable
 from lmcache_connectors.transformers.walk import Walk
-from lmcache_core import NoContent, tensor_digests
-from lmcache_core.connector import freed_in_children
+from lmcache_core.connector import freed_in_children, tensor_digests
+from lmcache_core.errors import NoContent
 
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 """Kernels of attention that torch may choose of."""

@@ -12,13 +12,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lmcache_connectors.transformers.identity import Identity
 from lmcache_connectors.transformers.layers import Pair
 from lmcache_connectors.transformers.refusal import NotCacheable, described
-from lmcache_core import (
-    KVLayout,
-    LayerGroup,
-    Namespace,
-    Tensors,
-    pooled_empty,
-)
+from lmcache_core import KVLayout, LayerGroup, Namespace, Tensors
+from lmcache_core.connector import pooled_empty
 
 
 class Layers(NamedTuple):

@@ -16,14 +16,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 import lmcache_core
 from lmcache_connectors.vllm.shape import Shape, chunk_tokens, share_as
-from lmcache_core import (
-    Config,
-    ConfigError,
-    TensorsToBytes,
-    TensorsToTensors,
-    TierConfig,
-)
+from lmcache_core import Config, ConfigError, TierConfig
 from lmcache_core.connector import freed_in_children, read_config
+from lmcache_core.serde import TensorsToBytes, TensorsToTensors
 
 
 class Cache:

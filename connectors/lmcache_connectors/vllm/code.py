@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lmcache_core import NoContent
+from lmcache_core.errors import NoContent
 
 _LIBRARIES = frozenset(("torch", *sys.stdlib_module_names)) - {"__main__"}
 """Packages whose code decides only how results are rounded."""

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lmcache_connectors.vllm.code import code_digests, function_digest
-from lmcache_core import NoContent, tensor_digests
+from lmcache_core.connector import tensor_digests
+from lmcache_core.errors import NoContent
 
 _MEMORY = ("kv_cache",)
 """Attributes that hold KV, not weights."""

@@ -30,8 +30,9 @@ from lmcache_connectors.vllm.identity import (
 )
 from lmcache_connectors.vllm.packing import Packing
 from lmcache_connectors.vllm.packing import packing as packing_of
-from lmcache_core import DTYPES, CacheEngine, ConfigError, KVLayout, LayerGroup, Weights
+from lmcache_core import CacheEngine, ConfigError, KVLayout, LayerGroup, Weights
 from lmcache_core.connector import depends_on_length
+from lmcache_core.serde import DTYPES
 
 SMALL = 512 << 10
 """Bytes up to which neighbouring blocks are stored together. A prompt that parts from a stored one

@@ -38,8 +38,9 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 import lmcache_core
 from lmcache_connectors.vllm.identity import offloaded
 from lmcache_connectors.vllm.weights import Workers
-from lmcache_core import ChunkKey, Config, ConfigError, TensorsToTensors, Weights
+from lmcache_core import ChunkKey, Config, ConfigError, Weights
 from lmcache_core.connector import LOG, DaemonPool, Rows, go_on_without, is_strict, read_config
+from lmcache_core.serde import TensorsToTensors
 
 log = logging.getLogger("vllm.lmcache_core")
 

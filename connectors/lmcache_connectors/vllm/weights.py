@@ -21,7 +21,10 @@ from typing import Any
 
 from lmcache_connectors.vllm import held
 from lmcache_connectors.vllm.chunks import Adapter
-from lmcache_core import LOG, ConfigError, NoContent, combined_digest
+from lmcache_core import ConfigError
+from lmcache_core.backend import LOG
+from lmcache_core.connector import combined_digest
+from lmcache_core.errors import NoContent
 
 log = logging.getLogger("vllm.lmcache_core")
 

@@ -28,6 +28,7 @@ from lmcache_connectors.transformers.shape import Layers, Shape
 from lmcache_connectors.transformers.trial import Trial
 from lmcache_connectors.transformers.walk import Walk
 from lmcache_core import CacheEngine, ConfigError
+from lmcache_core.backend import component
 
 SIZE = 8
 VOCABULARY = 128
@@ -962,4 +963,4 @@ def test_a_tier_too_small_for_a_chunk_is_an_error_at_attach(model: Any) -> None:
 
 
 def test_the_connector_is_found_by_name() -> None:
-    assert lmcache_core.component("connectors", "transformers") is attach
+    assert component("connectors", "transformers") is attach

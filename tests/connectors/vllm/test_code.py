@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lmcache_connectors.vllm.code import code_digests, function_digest
-from lmcache_core import NoContent
+from lmcache_core.errors import NoContent
 
 FILES = {
     "__init__.py": "# all of it",

@@ -17,18 +17,12 @@ from pydantic import BaseModel
 
 import lmcache_core
 from lmcache_backends.local_cpu import LocalCpuBackend
-from lmcache_core import (
-    BytesToBytes,
-    Config,
-    ConfigError,
-    Duration,
-    Size,
-    StorageBackend,
-    TierConfig,
-)
+from lmcache_core import Config, ConfigError, TierConfig
+from lmcache_core.backend import Duration, Options, Size, StorageBackend
 from lmcache_core.config import models as config
 from lmcache_core.config.loading import load
 from lmcache_core.plugins import registry as components
+from lmcache_core.serde import BytesToBytes
 
 GOOD = """\
 chunk_size: 128
@@ -227,7 +221,7 @@ def test_a_config_does_not_change() -> None:
 
 
 def test_secrets_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Secretive(lmcache_core.Options):
+    class Secretive(Options):
         password: int
         url: int
 
@@ -272,7 +266,7 @@ def test_the_modules_own_example_is_a_config() -> None:
 
 
 class NoName(BytesToBytes):
-    Options = lmcache_core.Options
+    Options = Options
 
     def encode(self, parts: Any, context: bytes) -> Any: ...
     def decode(self, payload: Any, context: bytes, allocate: Any, limit: int) -> Any: ...
@@ -283,7 +277,7 @@ class OtherName(NoName):
 
 
 class Unfinished(StorageBackend):
-    Options = lmcache_core.Options
+    Options = Options
 
 
 class Angry(Unfinished):

@@ -288,7 +288,7 @@ def test_a_third_partys_scheme_is_reached(monkeypatch: pytest.MonkeyPatch) -> No
 
 def _odd() -> type:
     from lmcache_backends.local_cpu import LocalCpuBackend
-    from lmcache_core import Options
+    from lmcache_core.backend import Options
 
     class OddOptions(Options):
         url: str

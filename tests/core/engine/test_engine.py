@@ -19,16 +19,8 @@ import torch
 
 import lmcache_core
 from lmcache_backends.disk import DiskBackend
-from lmcache_core import (
-    Chunk,
-    ChunkKey,
-    ConfigError,
-    DaemonPool,
-    KVLayout,
-    Namespace,
-    Tensors,
-    unverified,
-)
+from lmcache_core import Chunk, ChunkKey, ConfigError, KVLayout, Namespace, Tensors, unverified
+from lmcache_core.backend import DaemonPool
 from lmcache_core.engine import engine
 from lmcache_core.engine.engine import CacheEngine
 from lmcache_core.frames import frame

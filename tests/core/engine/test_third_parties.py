@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import lmcache_core
-from lmcache_core import CacheEngine, ChunkKey, ConfigError, Namespace, StorageBackend
-from lmcache_core.backend import Stored
+from lmcache_core import CacheEngine, ChunkKey, ConfigError, Namespace
+from lmcache_core.backend import StorageBackend, Stored
 from lmcache_core.plugins import registry
 from lmcache_core.plugins.log import LOG
 

@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import create_model
 
-from lmcache_core import Chunk, ChunkKey, ConfigError, FrameError, LayoutError, Namespace, component
+from lmcache_core import Chunk, ChunkKey, ConfigError, LayoutError, Namespace
+from lmcache_core.backend import component
+from lmcache_core.errors import FrameError
 from lmcache_core.frames import frame as frames
 from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.kv.namespace import FRAME_VERSION

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_core import concat, split_at
+from lmcache_core.backend import concat, split_at
 
 PARTS = st.lists(st.binary(max_size=9).map(memoryview), max_size=6)
 

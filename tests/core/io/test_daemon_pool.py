@@ -10,7 +10,8 @@ import weakref
 
 import pytest
 
-from lmcache_core import DaemonPool, DeadlineExceeded
+from lmcache_core.backend import DaemonPool
+from lmcache_core.errors import DeadlineExceeded
 from lmcache_core.io.transfer import Transfer
 from tests.servers import PATIENCE
 from tests.threads import no_more_threads

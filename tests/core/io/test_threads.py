@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmcache_core import DaemonPool, run_threads_on, start_thread
-from lmcache_core.backend import Transfer
+from lmcache_core.backend import DaemonPool, Transfer, start_thread
+from lmcache_core.connector import run_threads_on
 
 
 @pytest.fixture

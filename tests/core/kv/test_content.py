@@ -11,7 +11,8 @@ import torch
 import xxhash
 from torch._subclasses import FakeTensorMode
 
-from lmcache_core import NoContent, combined_digest, tensor_digests
+from lmcache_core.connector import combined_digest, tensor_digests
+from lmcache_core.errors import NoContent
 from lmcache_core.kv.checksum import BLOCK, ROWS, checksums
 from lmcache_core.kv.content import PIECE
 

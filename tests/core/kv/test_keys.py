@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_core import ChunkKey, KVLayout, LayerGroup, Namespace, tenant_digest, unverified
+from lmcache_core import ChunkKey, KVLayout, LayerGroup, Namespace, unverified
+from lmcache_core.connector import tenant_digest
 
 GROUP = {
     "kind": "attention",

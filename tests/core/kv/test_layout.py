@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lmcache_core import (
-    KVLayout,
-    LayerGroup,
-    LayoutError,
-    TensorSpec,
-    byte_view,
-    copy_exact,
-    views,
-)
+from lmcache_core import KVLayout, LayerGroup, LayoutError, TensorSpec, copy_exact
+from lmcache_core.serde import byte_view, views
 
 
 def group(**changes: object) -> LayerGroup:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_core import ConfigError, UnknownComponent, component, known
+from lmcache_core import ConfigError
+from lmcache_core.backend import component
+from lmcache_core.connector import known
+from lmcache_core.errors import UnknownComponent
 from lmcache_core.plugins import registry as module
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr, ValidationError
 
-from lmcache_core import Options
+from lmcache_core.backend import Options
 from lmcache_core.plugins.secrets import masked, shown
 
 WORD = "hunter2SECRET"

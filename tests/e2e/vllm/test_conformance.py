@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import lmcache_core
 from lmcache_connectors.vllm.connector import LmcacheCoreConnector
+from lmcache_core.backend import component
 from lmcache_core.testing import Answer, ConnectorConformance, Serve
 from tests.e2e.vllm.conftest import BLOCK, engine
 from tests.e2e.vllm.test_connector import answers, worker
@@ -53,4 +53,4 @@ class TestVllm(ConnectorConformance):
 
 
 def test_the_connector_is_found_by_name() -> None:
-    assert lmcache_core.component("connectors", "vllm") is LmcacheCoreConnector
+    assert component("connectors", "vllm") is LmcacheCoreConnector
