@@ -10,7 +10,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "examples" / "third_party_backend"
 PROGRAM = """
 import lmcache_core
-print(lmcache_core.known("backends"))
+from lmcache_core.connector import known
+print(known("backends"))
 with lmcache_core.open("cache.yaml") as cache:
     print(type(cache._tiers[0]._backend).__module__)
 try:
