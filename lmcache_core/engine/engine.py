@@ -29,6 +29,7 @@ from lmcache_core.engine.tier import Miss, Tier
 from lmcache_core.errors import ConfigError
 from lmcache_core.io import process
 from lmcache_core.io.breaker import State
+from lmcache_core.io.calls import Calls
 from lmcache_core.io.memory import HOST
 from lmcache_core.io.threads import start_thread
 from lmcache_core.kv import filling
@@ -667,7 +668,8 @@ class _Opened:
         """Raises ConfigError where a tier or a plugin cannot be used at all."""
         self.observers = Observers(plugins)
         self.tiers: list[Tier] = []
-        self.calls = _Calls()
+        self.calls = Calls()
+        """Who copies chunks just now: threads of our callers, whom nobody else would wait for."""
         self.requests = Requests()
         self.prefetcher = Prefetcher(self.requests)
         self.closed = False
@@ -698,31 +700,6 @@ class _Opened:
         for tier in self.tiers:
             tier.close()
         self.observers.close()
-
-
-class _Calls:
-    """Who copies chunks just now: threads of our callers, whom nobody else would wait for."""
-
-    def __init__(self) -> None:
-        self._now: dict[int, object] = {}
-        """By thread, another object for each call."""
-
-    def __repr__(self) -> str:
-        return f"<_Calls: {len(self._now)} threads>"
-
-    def __enter__(self) -> None:
-        self._now[threading.get_ident()] = object()
-
-    def __exit__(self, *_: object) -> None:
-        self._now.pop(threading.get_ident(), None)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until those that are under way are through."""
-        left, end = self._now.copy(), time.monotonic() + seconds
-        while left and time.monotonic() < end:
-            time.sleep(0.001)
-            alive = sys._current_frames()
-            left = {n: call for n, call in left.items() if self._now.get(n) is call and n in alive}
 
 
 def _close(opened: _Opened) -> None:

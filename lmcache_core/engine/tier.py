@@ -26,6 +26,7 @@ from lmcache_core.frames.pipeline import Pipeline
 from lmcache_core.io import process
 from lmcache_core.io.breaker import Breaker, State
 from lmcache_core.io.buffers import Buffers, nbytes_of
+from lmcache_core.io.calls import Calls
 from lmcache_core.io.daemon_pool import DaemonPool
 from lmcache_core.io.memory import HOST
 from lmcache_core.io.transfer import Line, Transfer
@@ -64,7 +65,9 @@ THREADS = 32
 ENCODERS = 2
 """Threads that encode the chunks of a batch; others are left to the engine."""
 JOIN_SECONDS = 0.02
-"""How long an idle thread may take to end, where the deadline is over."""
+"""How long an idle thread may take to end, where the deadline is over,"""
+EXIT_JOIN_SECONDS = 2.0
+"""and where the interpreter ends."""
 READERS = 256
 """Threads that read for loads."""
 
@@ -121,6 +124,8 @@ class Tier:
         self._readers = DaemonPool(f"lmcache-{self.name}-read", READERS)
         self._encoders = DaemonPool(f"lmcache-{self.name}-encode", ENCODERS)
         block = config.when_full == "block"
+        self._codecs = Calls()
+        """Threads that decode or encode."""
         self._writer = WriteBehind(self._write, self._drop, config.queue, block=block)
         self._opened: StorageBackend | None = None
         self.lends = False
@@ -297,9 +302,11 @@ class Tier:
 
     def _decode(self, parts: Buffers, key: ChunkKey) -> Chunk | Miss:
         try:
-            chunk = frame.decode(
-                parts, key, self._pipeline, self._chunk_size, verify=not self.in_memory
-            )
+            with self._codecs:
+                if self._closed:
+                    return Miss(Reason.BYPASSED)
+                verify = not self.in_memory
+                chunk = frame.decode(parts, key, self._pipeline, self._chunk_size, verify=verify)
         except FrameError as error:
             LOG.warn(f"{self.name} {error.reason}", f"tier {self.name}: load: {key}: {error}")
             self._unreadable.add([key])
@@ -435,6 +442,12 @@ class Tier:
             self._tell("touch", lambda transfer: self._backend.touch(keys[:end], transfer))
         return stored
 
+    def _encode(self, chunk: Chunk) -> list[memoryview]:
+        with self._codecs:
+            if self._closed:
+                raise StorageError("closed")
+            return frame.encode(chunk, self._pipeline)
+
     def _put(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> int:
         transfer = self._transfer()
         mine = [chunk.key for chunk in chunks]
@@ -442,7 +455,7 @@ class Tier:
             there = self._workers.call(lambda: self._look(mine, transfer), transfer)
         there = self._unreadable.hide(mine, there)
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
-        jobs = [self._encoders.submit(partial(frame.encode, c, self._pipeline)) for c in missing]
+        jobs = [self._encoders.submit(partial(self._encode, chunk)) for chunk in missing]
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         transfer.promise(sum(nbytes_of(parts) for _, parts in frames))
         with transfer.waiting():
@@ -634,7 +647,10 @@ class Tier:
                 self._call(lambda transfer: backend.close())
         except Exception as error:
             self._failed(self._writes, "close", error)
-        join = process.EXIT_SECONDS if process.ends() else JOIN_SECONDS
+        join = JOIN_SECONDS
+        if process.ends():
+            self._codecs.wait(process.EXIT_SECONDS)
+            join = EXIT_JOIN_SECONDS
         for threads in (self._workers, self._readers, self._encoders):
             threads.close(max(join, end - time.monotonic()))
 

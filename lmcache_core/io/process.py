@@ -24,9 +24,9 @@ class Inherited(Protocol):
         """Begin anew: this process is a forked child. No other thread runs yet."""
 
 
-EXIT_SECONDS = 2.0
-"""How long the interpreter's end waits for daemon threads: it aborts where it finds one in the
-middle of C++."""
+EXIT_SECONDS = 10.0
+"""The most that the interpreter's end waits for daemon threads in the middle of C++, where it
+aborts when it finds one. None stays there for long, but on a machine that has much else to do."""
 
 _INHERITED: weakref.WeakSet[Inherited] = weakref.WeakSet()
 _LOCKS: weakref.WeakSet[Any] = weakref.WeakSet()
