@@ -31,7 +31,7 @@ from bench_tiers import CHUNK, LAYOUT, TOKENS, WEIGHTS, Memory, alternate, conso
 from rich.table import Table
 
 import lmcache_core
-from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm import main as shm
 from lmcache_core import CacheEngine, ChunkKey, KVLayout, LayerGroup, Namespace, Tensors
 
 POOL = f"bench-{os.getpid()}"

@@ -51,7 +51,7 @@ from bench_remote import markdown
 from bench_tiers import console, machine
 from rich.table import Table
 
-from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm import main as shm
 from tests.backends.redis_servers import redis_server
 from tests.s3_server import BUCKET, KEY_ID, SECRET, s3_server
 from tests.servers import free_port, running

@@ -29,8 +29,8 @@ import numpy as np
 import pytest
 
 import lmcache_core
+from lmcache_backends.shm import main
 from lmcache_backends.shm import segment as _segment
-from lmcache_backends.shm.__main__ import main
 from lmcache_backends.shm.backend import FREE, GONE, RESERVED, WHOLE, ShmBackend, ShmOptions
 from lmcache_core import ChunkKey, ConfigError, KVLayout, LayerGroup, unverified
 from lmcache_core.backend import StorageBackend, Transfer

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lmcache_core
-from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm import main as shm
 from lmcache_connectors.transformers import attach
 from tests.e2e.conftest import CHUNK, DOCUMENT, answer
 

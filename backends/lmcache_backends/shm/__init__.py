@@ -1,5 +1,6 @@
 """The shm backend."""
 
 from lmcache_backends.shm.backend import ShmBackend, ShmOptions
+from lmcache_backends.shm.pools import main
 
-__all__ = ["ShmBackend", "ShmOptions"]
+__all__ = ["ShmBackend", "ShmOptions", "main"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm import main as shm
 from lmcache_connectors.vllm import cache
 from lmcache_core import load_config
 from tests.backends.redis_servers import redis_server

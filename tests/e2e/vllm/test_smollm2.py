@@ -68,6 +68,6 @@ def test_answers_are_those_of_vllms_own_hit(
             if dtype == "float32":
                 assert own[0][0] == cold
     finally:
-        from lmcache_backends.shm.__main__ import main
+        from lmcache_backends.shm import main
 
         main(["clear", f"test-{tmp_path.name}"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_backends.shm.__main__ import main as shm
+from lmcache_backends.shm import main as shm
 from lmcache_backends.shm.backend import ShmBackend, ShmOptions
 from lmcache_core.backend import Transfer
 from tests.e2e.vllm.conftest import BLOCK, engine
