@@ -689,8 +689,10 @@ class _Opened:
         self.tiers[number].state_changed("loads")(state, cause)
 
     def close(self) -> None:
-        """Write what was promised, for up to DRAIN_SECONDS, and release everything."""
+        """Write what was promised, for up to DRAIN_SECONDS, and release everything, within a
+        deadline in all where a store hangs."""
         self.closed = True
+        began = time.monotonic()
         self.prefetcher.close()
         for tier in self.tiers:
             tier.refuse()
@@ -698,7 +700,7 @@ class _Opened:
         for tier in self.tiers:  # they write beside each other
             tier.drain(max(0.0, end - time.monotonic()))
         for tier in self.tiers:
-            tier.close()
+            tier.close(max(0.0, began + tier.deadline - time.monotonic()))
         self.observers.close()
 
 

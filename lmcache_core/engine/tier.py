@@ -131,7 +131,7 @@ class Tier:
         self.lends = False
         """Whether chunks may lie in memory of the store's own, which others share."""
         self._opening = threading.Lock()
-        self._closed = False
+        self._refuses = self._closed = False
         try:
             self._open(strict)
         except BaseException:
@@ -401,12 +401,11 @@ class Tier:
 
     def _soon(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
         """Tell the store something; memory at once, others after what waits to be written, unless
-        they are bypassed then."""
-        tell = partial(self._tell, operation, work)
+        they are bypassed then, or close."""
         if self.in_memory:
-            tell()
+            self._tell(operation, work)
         else:
-            self._writer.call(tell)
+            self._writer.call(lambda: None if self._refuses else self._tell(operation, work))
 
     def _tell(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
         if self._writes.bypassed:
@@ -628,15 +627,17 @@ class Tier:
 
     def refuse(self) -> None:
         """Take no more chunks."""
+        self._refuses = True
         self._writer.refuse()
 
     def drain(self, timeout: float) -> None:
         """Store what was taken; drop what that takes longer for."""
         self._writer.close(timeout)
 
-    def close(self) -> None:
-        """Release everything, within a deadline. What hangs is left behind."""
-        end = time.monotonic() + self.deadline
+    def close(self, seconds: float | None = None) -> None:
+        """Release everything within so many seconds, by default the deadline. What hangs is left
+        behind."""
+        end = time.monotonic() + (self.deadline if seconds is None else seconds)
         self._writer.close(0.0)
         self._reads.close()
         self._writes.close()
@@ -644,7 +645,8 @@ class Tier:
         try:
             if self._opened is not None:
                 backend = self._opened
-                self._call(lambda transfer: backend.close())
+                left = max(JOIN_SECONDS, end - time.monotonic())
+                self._work(lambda transfer: backend.close(), left)
         except Exception as error:
             self._failed(self._writes, "close", error)
         join = JOIN_SECONDS

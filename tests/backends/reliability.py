@@ -292,6 +292,7 @@ class Trial:
         then: tuple[str, Callable[[CacheEngine], object]] | None = None,
     ) -> None:
         """The call, while the store fails; then all is to be served again."""
+        engine.flush(PATIENCE)  # of what is behind an earlier one
         self._fault.begin(self._store)
         try:
             self._time(name, lambda: call(engine))
@@ -376,6 +377,7 @@ class Trial:
             self._store.heal()
         with self._open() as engine:
             self._fill(engine)
+            engine.flush(PATIENCE)
             self._fault.begin(self._store)
             try:
                 self._begin_store(engine)

@@ -117,7 +117,7 @@ def test_an_idle_thread_holds_nothing() -> None:
 
 def test_a_hung_call_does_not_hold_the_interpreter() -> None:
     program = (
-        "import time; from lmcache_core import DaemonPool\n"
+        "import time; from lmcache_core.backend import DaemonPool\n"
         "DaemonPool('t', 1).submit(lambda: time.sleep(60))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)

@@ -244,7 +244,7 @@ def test_names_count_and_their_order_does_not() -> None:
 
 def test_digests_are_the_same_in_every_process() -> None:
     code = (
-        "import torch; from lmcache_core import tensor_digests; "
+        "import torch; from lmcache_core.connector import tensor_digests; "
         "from lmcache_core.kv.checksum import checksums; "
         "x = torch.arange(9999); "
         "print(tensor_digests([x])[0].hex(), checksums([x.view(torch.uint8)])[0].hex())"
