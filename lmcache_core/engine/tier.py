@@ -402,16 +402,17 @@ class Tier:
     def _soon(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
         """Tell the store something; memory at once, others after what waits to be written, unless
         they are bypassed then, or close."""
+        call = partial(self._call, work)
         if self.in_memory:
-            self._tell(operation, work)
+            self._tell(operation, call)
         else:
-            self._writer.call(lambda: None if self._refuses else self._tell(operation, work))
+            self._writer.call(lambda: None if self._refuses else self._tell(operation, call))
 
-    def _tell(self, operation: Operation, work: Callable[[Transfer], None]) -> None:
+    def _tell(self, operation: Operation, call: Callable[[], None]) -> None:
         if self._writes.bypassed:
             return
         try:
-            self._call(work)
+            call()
         except Exception as error:
             self._failed(self._writes, operation, error)
         else:
@@ -420,14 +421,14 @@ class Tier:
     def _write(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> int:
         """Store some chunks of a sequence; returns how many, from the first, the backend now has.
 
-        The sequence is touched with its last chunk.
+        The sequence is touched with its last chunk. All of it has one clock.
         """
-        mine, begin = [chunk.key for chunk in chunks], time.monotonic()
+        mine, begin, transfer = [chunk.key for chunk in chunks], time.monotonic(), self._transfer()
         if self._writes.bypassed:
             self._drop(mine, Reason.BYPASSED)
             return 0
         try:
-            stored = self._put(chunks, keys)
+            stored = self._put(chunks, keys, transfer)
         except Exception as error:
             self._drop(mine, self._failed(self._writes, "store", error))
             return 0
@@ -438,7 +439,8 @@ class Tier:
         self._drop(mine[stored:], Reason.FULL)
         end = chunks[-1].index + 1
         if end == len(keys) or stored < len(chunks):
-            self._tell("touch", lambda transfer: self._backend.touch(keys[:end], transfer))
+            touch = partial(self._backend.touch, keys[:end])
+            self._tell("touch", partial(self._moving, touch, transfer))
         return stored
 
     def _encode(self, chunk: Chunk) -> list[memoryview]:
@@ -447,18 +449,20 @@ class Tier:
                 raise StorageError("closed")
             return frame.encode(chunk, self._pipeline)
 
-    def _put(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...]) -> int:
-        transfer = self._transfer()
-        mine = [chunk.key for chunk in chunks]
+    def _moving(self, work: Callable[[Transfer], T], transfer: Transfer) -> T:
+        """What a part of a longer call returns."""
         with transfer.waiting():
-            there = self._workers.call(lambda: self._look(mine, transfer), transfer)
+            return self._workers.call(lambda: work(transfer), transfer)
+
+    def _put(self, chunks: Sequence[Chunk], keys: tuple[ChunkKey, ...], transfer: Transfer) -> int:
+        mine = [chunk.key for chunk in chunks]
+        there = self._moving(partial(self._look, mine), transfer)
         there = self._unreadable.hide(mine, there)
         missing = [c for c, present in zip(chunks, there, strict=True) if not present]
         jobs = [self._encoders.submit(partial(self._encode, chunk)) for chunk in missing]
         frames = [(c.key, job.result()) for c, job in zip(missing, jobs, strict=True)]
         transfer.promise(sum(nbytes_of(parts) for _, parts in frames))
-        with transfer.waiting():
-            stored = self._workers.call(lambda: self._replace(frames, keys, transfer), transfer)
+        stored = self._moving(partial(self._replace, frames, keys), transfer)
         self._evicted(transfer)
         if stored >= len(frames):
             return len(chunks)

@@ -257,6 +257,10 @@ class Outcome:
         )
 
 
+_NUMBERS = itertools.count(CHUNKS * TOKENS)
+"""For chunks that no store has."""
+
+
 class Trial:
     """One store and one fault."""
 
@@ -265,7 +269,6 @@ class Trial:
         store.tier["deadline"] = deadline
         self._deadline = deadline
         self._keys = _NAMESPACE.keys(range(CHUNKS * TOKENS), TOKENS)
-        self._numbers = itertools.count(CHUNKS * TOKENS)
         self._outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -353,7 +356,7 @@ class Trial:
 
     def _begin_store(self, engine: CacheEngine) -> None:
         """A chunk that nobody has."""
-        tokens = [next(self._numbers)] * TOKENS
+        tokens = [next(_NUMBERS)] * TOKENS
         engine.store(_NAMESPACE, _NAMESPACE.keys(tokens, TOKENS), _gather)
 
     def _told(self, engine: CacheEngine) -> None:

@@ -847,7 +847,7 @@ def test_chunks_of_a_batch_are_encoded_side_by_side(
     with opened(disk(tmp_path, serde=["zstd"])) as cache:
         monkeypatch.setattr(frame, "encode", encode_beside_another)
         keys = [chunk.key for chunk in chunks]
-        assert cache._tiers[0]._put(chunks, keys) == 4
+        assert cache._tiers[0]._put(chunks, keys, cache._tiers[0]._transfer()) == 4
         for chunk, original in zip(cache.load(keys), chunks, strict=True):
             assert all(torch.equal(t, original.tensors[n]) for n, t in chunk.tensors.items())
 
