@@ -147,7 +147,7 @@ def _hang(*names: str) -> Callable[[Store], None]:
 
 
 _GARBAGE = random.Random(1).randbytes(64)
-_HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_HTTP = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 NETWORK = [
     Fault("refuses", lambda store: _of(store).refuse()),

@@ -58,5 +58,5 @@ def test_the_page_has_every_fault() -> None:
     for name, (_, faults) in STORES.items():
         part = page.split(f"## {name}\n")[1].split("\n## ")[0]
         assert [fault.name for fault in faults] == [
-            line.split("|")[1].strip() for line in part.splitlines()[4:] if line.startswith("|")
+            line.split("|")[1].strip() for line in part.splitlines()[3:] if line.startswith("|")
         ]
