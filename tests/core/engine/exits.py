@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import lmcache_core
-from lmcache_core import KVLayout, LayerGroup, Tensors, unverified
+from lmcache_core import ChunkKey, KVLayout, LayerGroup, Namespace, Tensors, unverified
 
 TOKENS, CHUNKS = 64, 12
 LAYOUT = KVLayout(
@@ -30,6 +30,8 @@ LAYOUT = KVLayout(
         ),
     )
 )  # 1 MiB a chunk, which takes a while to decode
+NAMESPACE = Namespace(model="m", layout=LAYOUT, weights=unverified("w"))
+"""Made once, as engines do: pydantic is Rust, which the end of a thread must not unwind either."""
 
 
 def exit_status(work: Callable[[], object], seconds: float) -> int:
@@ -54,15 +56,13 @@ class Program:
             for tensor in out.values():
                 tensor.copy_(torch.full_like(tensor, index))
 
-        namespace, keys = self._sequence(cache, first)
-        cache.store(namespace, keys, gather)
+        cache.store(NAMESPACE, self._keys(first), gather)
 
     def load(self, cache: lmcache_core.CacheEngine, first: int) -> int:
-        return sum(1 for _ in cache.load(self._sequence(cache, first)[1]))
+        return sum(1 for _ in cache.load(self._keys(first)))
 
-    def _sequence(self, cache: lmcache_core.CacheEngine, first: int) -> tuple[Any, Any]:
-        namespace = cache.namespace(model="m", layout=LAYOUT, weights=unverified("w"))
-        return namespace, cache.keys(namespace, [first, *range(1, TOKENS * CHUNKS)])
+    def _keys(self, first: int) -> list[ChunkKey]:
+        return NAMESPACE.keys([first, *range(1, TOKENS * CHUNKS)], TOKENS)
 
     def fill(self) -> None:
         with lmcache_core.open(self._config) as cache:
