@@ -3,7 +3,6 @@ interrupted, forks, closes, forgets loads and keeps what it was lent."""
 
 from __future__ import annotations
 
-import faulthandler
 import gc
 import itertools
 import logging
@@ -204,8 +203,6 @@ class _User:
             time.sleep(0.001)
 
     def _be_child(self) -> None:
-        trace = self._counts.path.with_suffix(".errors").open("a")
-        faulthandler.dump_traceback_later(CHILD_SECONDS - 10, file=trace)  # where it hangs
         try:
             for _ in range(3):
                 self._load()
